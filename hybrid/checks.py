@@ -1,0 +1,231 @@
+"""Everything that can be wrong with the settings of a run, found before anything is built, without torch.
+
+One function, `check`, is what `show`, `plan`, `pretrain`, a launch and the job itself ask. A problem names the field,
+the rule with its numbers, and the nearest values that would do. The rules are megatron-core 0.19's (its assertions are
+in `transformer_config.py`, `mamba_mixer.py`, `mamba_context_parallel.py`, `moe_layer.py`, `schedules.py` and
+`training/arguments.py`), transformer-engine's for FP8, and this project's own where Megatron would go on silently.
+
+Not here, because only the machine can tell: which devices and kernels there are, whether files exist.
+"""
+
+from collections.abc import Iterator
+
+from hybrid import fields, layer_checks
+from hybrid.config import Settings
+from hybrid.errors import ConfigError, Problem
+from hybrid.fields import multiple_of, sizes_that
+from hybrid.pattern import Pattern
+
+# Bytes and the end of a document.
+BYTE_VOCABULARY = 257
+
+
+def require(settings: Settings, world_size: int | None = None) -> None:
+    """Raise ConfigError with every problem of `check`, if there is one."""
+    problems = check(settings, world_size)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check(settings: Settings, world_size: int | None = None) -> list[Problem]:
+    """Return everything that is wrong with these settings; empty if they can run.
+
+    `world_size` is the number of processes; None leaves out the rules that depend on it. Values of a wrong type or
+    out of range come alone: the rules between fields mean nothing on them.
+    """
+    return fields.wrong_types(settings) or fields.out_of_range(settings) or rules(settings, world_size)
+
+
+def rules(settings: Settings, world_size: int | None = None) -> list[Problem]:
+    """Return what contradicts itself in settings whose values are of the right types and in range."""
+    problems: list[Problem] = []
+    try:
+        pattern = settings.model.pattern
+    except ConfigError as error:
+        # Rules that need no pattern still hold.
+        problems, pattern = list(error.problems), None
+    problems += layer_checks.model(settings)
+    problems += _batches_and_schedule(settings)
+    problems += _data(settings)
+    problems += _parallel(settings)
+    problems += _world(settings, world_size)
+    if pattern is not None:
+        problems += layer_checks.layers(settings, pattern)
+        problems += _pipeline(settings, pattern, world_size)
+        if settings.trainer.precision.startswith("fp8"):
+            problems += layer_checks.fp8(settings, pattern)
+    return problems
+
+
+def _parallel(settings: Settings) -> Iterator[Problem]:
+    parallel, length = settings.parallel, settings.data.sequence_length
+    if parallel.sequence and parallel.tensor == 1:
+        yield Problem(
+            "parallel.sequence",
+            "is True, but there is nothing to split without tensor parallelism; set it to False, "
+            "or parallel.tensor to 2 or more",
+        )
+    if parallel.context > 1:
+        # Each rank takes one part from the front and one from the back, so that causal attention is balanced.
+        what = f"2 x parallel.context (2 x {parallel.context})"
+        yield from multiple_of("data.sequence_length", length, 2 * parallel.context, what)
+    if parallel.sequence and length % parallel.context == 0:
+        divisor = parallel.tensor * parallel.context
+        what = f"parallel.tensor x parallel.context ({parallel.tensor} x {parallel.context}) under sequence parallelism"
+        yield from multiple_of("data.sequence_length", length, divisor, what)
+    if parallel.overlap_param_gather and not (parallel.distributed_optimizer and parallel.overlap_grad_reduce):
+        yield Problem(
+            "parallel.overlap_param_gather",
+            "is True, but needs parallel.distributed_optimizer=True and parallel.overlap_grad_reduce=True",
+        )
+    if settings.optimizer.precision_aware:
+        if not parallel.distributed_optimizer:
+            yield Problem("optimizer.precision_aware", "is True, but needs parallel.distributed_optimizer=True")
+        if settings.trainer.precision == "fp32":
+            yield Problem(
+                "optimizer.precision_aware", "is True, but trainer.precision is 'fp32'; set it to False, or use 'bf16'"
+            )
+
+
+def _pipeline(settings: Settings, pattern: Pattern, world_size: int | None) -> Iterator[Problem]:
+    """Segments against stages, and micro batches against virtual stages."""
+    pipeline, segments = settings.parallel.pipeline, len(pattern.segments)
+    if pattern.num_layers < pipeline:
+        yield Problem(
+            "parallel.pipeline",
+            f"is {pipeline}, but the pattern has {pattern.num_layers} layers and every stage holds at least one; "
+            f"nearest: {pattern.num_layers}",
+        )
+    elif segments > 1 and segments % pipeline:
+        near = sizes_that(lambda size: segments % size == 0, pipeline, "parallel.pipeline")
+        yield Problem(
+            "model.layer_pattern",
+            f"has {segments} segments, but they must be a multiple of parallel.pipeline ({pipeline}); take the '|' out "
+            f"to have the layers split evenly by cost{near}",
+        )
+    elif segments > pipeline > 1 and world_size and world_size % settings.parallel.model_size == 0:
+        trainer = settings.trainer
+        replicas = world_size // settings.parallel.model_size
+        per_step = trainer.micro_batch_size * replicas
+        if trainer.global_batch_size % per_step == 0 and trainer.global_batch_size // per_step % pipeline:
+            what = (
+                f"micro batch x data parallel size x parallel.pipeline ({trainer.micro_batch_size} x {replicas} x "
+                f"{pipeline}) with virtual stages ({segments} segments on {pipeline} stages)"
+            )
+            yield from multiple_of("trainer.global_batch_size", trainer.global_batch_size, per_step * pipeline, what)
+
+
+def _world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
+    """The number of processes against the layout and the batch."""
+    parallel, trainer = settings.parallel, settings.trainer
+    if world_size is None:
+        what = f"trainer.micro_batch_size ({trainer.micro_batch_size})"
+        yield from multiple_of("trainer.global_batch_size", trainer.global_batch_size, trainer.micro_batch_size, what)
+        return
+    layout = f"tensor x pipeline x context ({parallel.tensor} x {parallel.pipeline} x {parallel.context})"
+    if world_size % parallel.model_size:
+        below, above = world_size // parallel.model_size, world_size // parallel.model_size + 1
+        nearest = " or ".join(str(count * parallel.model_size) for count in (below, above) if count)
+        yield Problem(
+            "parallel",
+            f"wants processes in multiples of {layout} = {parallel.model_size}, but there are {world_size}; "
+            f"nearest: {nearest} processes",
+        )
+        return
+    replicas = world_size // parallel.model_size
+    shared = replicas * parallel.context
+    if shared % parallel.expert:
+        near = sizes_that(lambda size: shared % size == 0, parallel.expert, "parallel.expert")
+        yield Problem(
+            "parallel.expert",
+            f"is {parallel.expert}, but must divide the data parallel x context parallel size ({shared} = {world_size} "
+            f"processes / tensor {parallel.tensor} / pipeline {parallel.pipeline}){near}",
+        )
+    what = f"trainer.micro_batch_size x data parallel size ({trainer.micro_batch_size} x {replicas})"
+    way_out = ""
+    if trainer.global_batch_size < replicas * trainer.micro_batch_size:
+        fewer = trainer.global_batch_size // trainer.micro_batch_size * parallel.model_size
+        way_out = f"; or use at most {fewer} processes" if fewer else ""
+    yield from multiple_of(
+        "trainer.global_batch_size",
+        trainer.global_batch_size,
+        trainer.micro_batch_size * replicas,
+        what,
+        way_out,
+    )
+
+
+def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
+    trainer, optimizer = settings.trainer, settings.optimizer
+    if (trainer.max_steps is None) == (trainer.max_samples is None):
+        state = "are both set" if trainer.max_steps is not None else "are both None"
+        yield Problem(
+            "trainer.max_steps", f"and trainer.max_samples {state}; set one of them, the other follows from it"
+        )
+    elif trainer.steps < 1:
+        yield Problem(
+            "trainer.max_samples",
+            f"is {trainer.max_samples}, less than one global batch of {trainer.global_batch_size} samples",
+        )
+    elif optimizer.warmup_samples >= (optimizer.decay_samples or trainer.samples):
+        end = optimizer.decay_samples or trainer.samples
+        name = "optimizer.decay_samples" if optimizer.decay_samples else "the samples of the run"
+        yield Problem(
+            "optimizer.warmup_samples",
+            f"is {optimizer.warmup_samples}, but must be below {name} ({end}), where the decay ends; "
+            f"nearest: {end - 1}",
+        )
+    elif optimizer.wsd_decay_samples is not None:
+        whole = (optimizer.decay_samples or trainer.samples) - optimizer.warmup_samples
+        if optimizer.schedule != "wsd":
+            yield Problem(
+                "optimizer.wsd_decay_samples",
+                f"is {optimizer.wsd_decay_samples}, but optimizer.schedule is '{optimizer.schedule}'; set it to None, "
+                "or optimizer.schedule to 'wsd'",
+            )
+        elif optimizer.wsd_decay_samples > whole:
+            yield Problem(
+                "optimizer.wsd_decay_samples",
+                f"is {optimizer.wsd_decay_samples}, but between warm-up and end there are {whole} samples; "
+                f"nearest: {whole}",
+            )
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem("optimizer.min_lr", f"is {optimizer.min_lr}, above optimizer.lr ({optimizer.lr})")
+    if settings.trainer.precision.startswith("fp8") and settings.model.kernels == "reference":
+        yield Problem(
+            "model.kernels",
+            f"is 'reference', but trainer.precision '{trainer.precision}' needs transformer-engine; "
+            "set model.kernels to 'auto', or trainer.precision to 'bf16'",
+        )
+
+
+def _data(settings: Settings) -> Iterator[Problem]:
+    data = settings.data
+    if data.source in ("text", "indexed") and not data.path:
+        kind = "a folder of text files" if data.source == "text" else "the prefix of .bin/.idx files"
+        yield Problem("data.path", f"is not set, but data.source '{data.source}' reads {kind}")
+    if data.source in ("stdlib", "mock") and data.path:
+        yield Problem(
+            "data.path",
+            f"is '{data.path}', but data.source '{data.source}' reads no path; set data.source to 'text' or 'indexed'",
+        )
+    for name in ("validation_path", "test_path"):
+        if getattr(data, name) and data.source != "indexed":
+            yield Problem(
+                f"data.{name}",
+                f"is '{getattr(data, name)}', but only data.source 'indexed' reads it, and it is '{data.source}'",
+            )
+    if len(data.split) != 3 or min(data.split, default=0.0) < 0 or not data.split[0] > 0:
+        yield Problem(
+            "data.split",
+            f"is {data.split}, but must be three shares of at least 0 for training, validation and test, "
+            "the first above 0, such as [99, 1, 0]",
+        )
+    if data.tokenizer == "byte" and settings.model.vocab_size < BYTE_VOCABULARY:
+        yield Problem(
+            "model.vocab_size",
+            f"is {settings.model.vocab_size}, but the byte tokenizer has {BYTE_VOCABULARY} tokens; "
+            f"nearest: {BYTE_VOCABULARY}",
+        )
+    if settings.name in ("", ".", "..") or set(settings.name) & set("/\\\0\n"):
+        yield Problem("name", f"is {settings.name!r}, but the run's folder is called so: use letters, digits, - and _")

@@ -1,0 +1,243 @@
+"""The settings of a run, one dataclass a section. Nothing here imports torch.
+
+A recipe is a fiddle config over these classes (see `recipes/`); `fdl.build` turns it into instances of them. Every
+field carries its meaning and, where it is not a plain count, its unit: `hybrid show` prints them, the docs are made
+from them. A field that is None where a number is expected is derived from the others; the property of the same family
+gives the derived value (`ModelConfig.ffn_size` for `ffn_hidden_size`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hybrid import pattern as patterns
+
+Activation = Literal["gelu", "squared_relu", "swiglu"]
+Normalization = Literal["RMSNorm", "LayerNorm"]
+PositionEmbedding = Literal["none", "rope", "learned"]
+Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current"]
+Kernels = Literal["auto", "fused", "reference"]
+Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+DataSource = Literal["stdlib", "text", "indexed", "mock"]
+
+
+def option(default: Any, doc: str, unit: str = "") -> Any:
+    """Return a dataclass field with its one-line meaning and its unit."""
+    metadata = {"doc": doc, "unit": unit}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model: layer pattern, widths, and the variants of each layer kind."""
+
+    layer_pattern: str | None = option(None, "layer pattern such as 'M-M*-'; wins over the ratios")
+    num_layers: int | None = option(None, "layers of the pattern made from the ratios")
+    attention_ratio: float | None = option(None, "share of attention layers in the pattern made from the ratios")
+    mlp_ratio: float | None = option(None, "share of MLP layers in the pattern made from the ratios")
+
+    hidden_size: int = option(1024, "width of the residual stream")
+    ffn_hidden_size: int | None = option(None, "inner width of an MLP layer; None: 4 x hidden_size")
+    activation: Activation = option("gelu", "activation of MLP and expert layers")
+    normalization: Normalization = option("RMSNorm", "norm at the input of each layer and before the output layer")
+    norm_epsilon: float = option(1e-5, "added to the variance in a norm")
+    add_linear_bias: bool = option(False, "biases in attention and MLP projections")
+
+    num_attention_heads: int = option(16, "query heads of an attention layer")
+    num_query_groups: int | None = option(None, "key-value heads (GQA); None: num_attention_heads")
+    attention_head_dim: int | None = option(None, "width of an attention head; None: hidden_size / num_attention_heads")
+    position_embedding: PositionEmbedding = option("none", "position information given to attention")
+    rotary_percent: float = option(1.0, "share of each attention head that is rotated (rope)")
+    rotary_base: int = option(10000, "base of the rotary frequencies (rope)")
+
+    mamba_version: Literal[1, 2] = option(2, "Mamba-1 (selective scan) or Mamba-2 (state space duality)")
+    mamba_state_dim: int = option(128, "state size N of an SSM channel (Mamba-1) or head (Mamba-2)")
+    mamba_head_dim: int = option(64, "width P of an SSM head (Mamba-2)")
+    mamba_num_heads: int | None = option(None, "SSM heads (Mamba-2); None: 2 x hidden_size / mamba_head_dim")
+    mamba_num_groups: int = option(8, "groups that share B and C (Mamba-2)")
+    mamba_dt_rank: int | None = option(None, "rank of the time-step projection (Mamba-1); None: hidden_size / 16, up")
+    mamba_expand: int = option(2, "inner width over hidden_size (Mamba-1)")
+    mamba_conv_kernel: int = option(4, "width of the causal convolution")
+    mamba_chunk_size: int = option(128, "positions a chunk of the Mamba-2 scan takes")
+
+    num_experts: int | None = option(None, "experts of an MoE layer")
+    moe_top_k: int = option(2, "experts a token is sent to")
+    moe_ffn_hidden_size: int | None = option(None, "inner width of an expert; None: ffn_hidden_size")
+    moe_shared_expert_size: int | None = option(None, "inner width of the shared expert; None: there is none")
+    moe_aux_loss_coeff: float = option(0.01, "weight of the load-balancing loss")
+    moe_router_score: Literal["softmax", "sigmoid"] = option("softmax", "score function of the router")
+    moe_expert_bias: bool = option(False, "a bias per expert, outside of the loss, in the choice of experts (sigmoid)")
+    moe_routed_scale: float = option(1.0, "factor on what the routed experts add (sigmoid)")
+    mtp_loss_coeff: float = option(0.1, "weight of the multi-token-prediction loss")
+
+    vocab_size: int = option(256000, "tokens of the vocabulary, before padding")
+    vocab_size_multiple: int = option(128, "the embedding is padded to a multiple of this, whatever the layout")
+    tie_embeddings: bool = option(False, "the output layer shares the embedding's weights")
+    init_std: float = option(0.02, "standard deviation of the initial weights")
+    hidden_dropout: float = option(0.0, "dropout on the residual branches")
+    attention_dropout: float = option(0.0, "dropout on attention probabilities")
+    kernels: Kernels = option("auto", "fused CUDA kernels or the PyTorch reference; auto: fused where they are there")
+
+    @property
+    def pattern(self) -> patterns.Pattern:
+        """The layer pattern: the explicit one, else the one made from the ratios. Raises ConfigError if wrong."""
+        return patterns.settle(self.layer_pattern, self.num_layers, self.attention_ratio, self.mlp_ratio)
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of an MLP layer."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def query_groups(self) -> int:
+        """Key-value heads of an attention layer."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def mamba_heads(self) -> int:
+        """SSM heads of a Mamba-2 layer."""
+        return self.mamba_num_heads or 2 * self.hidden_size // self.mamba_head_dim
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Inner width d of a Mamba layer: heads x head width (Mamba-2), expand x hidden (Mamba-1)."""
+        if self.mamba_version == 1:
+            return self.mamba_expand * self.hidden_size
+        return self.mamba_heads * self.mamba_head_dim
+
+    @property
+    def dt_rank(self) -> int:
+        """Rank of Mamba-1's time-step projection."""
+        return self.mamba_dt_rank or -(-self.hidden_size // 16)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary rounded up to `vocab_size_multiple`.
+
+        Unlike Megatron's own padding, this does not depend on the tensor parallel size, so that a checkpoint has one
+        shape in every layout.
+        """
+        return -(-self.vocab_size // self.vocab_size_multiple) * self.vocab_size_multiple
+
+    @property
+    def moe_ffn_size(self) -> int:
+        """Inner width of an expert."""
+        return self.moe_ffn_hidden_size or self.ffn_size
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How a model is split over processes; what is left of the world is data parallel."""
+
+    tensor: int = option(1, "tensor parallel size")
+    pipeline: int = option(1, "pipeline parallel size; '|' in the pattern says where the stages end")
+    context: int = option(1, "context parallel size")
+    expert: int = option(1, "expert parallel size")
+    sequence: bool = option(False, "sequence parallel: norms and dropout split along the sequence (needs tensor > 1)")
+    distributed_optimizer: bool = option(True, "optimizer state split over the data parallel ranks")
+    overlap_grad_reduce: bool = option(False, "reduce gradients while the backward pass runs")
+    overlap_param_gather: bool = option(False, "gather parameters while the forward pass runs")
+
+    @property
+    def model_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    source: DataSource = option(
+        "stdlib", "stdlib: the running Python's own library; text: a folder of text; indexed: .bin/.idx; mock"
+    )
+    path: str | None = option(
+        None,
+        "folder of text files (text), or prefixes of .bin/.idx files, with or without weights (indexed)",
+    )
+    validation_path: str | None = option(None, "prefixes to validate on (indexed); then split is not used")
+    test_path: str | None = option(None, "prefixes to test on (indexed); then split is not used")
+    tokenizer: str = option("byte", "'byte', or a tokenizer file or folder")
+    sequence_length: int = option(4096, "tokens of a sample", "tokens")
+    split: list[float] = option([99.0, 1.0, 0.0], "shares of training, validation and test")
+    cache: str | None = option(None, "folder for prepared data; None: hybrid-recipes in the user's cache folder")
+    num_workers: int = option(1, "processes that load samples; 0: in the training process")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = option(2.5e-4, "peak learning rate")
+    min_lr: float = option(2.5e-5, "learning rate at the end of the decay")
+    schedule: Schedule = option("cosine", "shape of the decay")
+    warmup_samples: int = option(0, "samples of linear warm-up", "samples")
+    decay_samples: int | None = option(None, "samples of the decay, warm-up included; None: the whole run", "samples")
+    wsd_decay_samples: int | None = option(
+        None, "samples of the decay at the end of a warm-up, stable, decay schedule (wsd); None: a tenth", "samples"
+    )
+    weight_decay: float = option(0.1, "AdamW weight decay; not on norms, biases, A_log, D and dt_bias")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.95, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    clip_grad: float = option(1.0, "largest gradient norm; 0: no clipping")
+    precision_aware: bool = option(False, "bf16 gradients and moments (CUDA, transformer-engine)")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How long, in what batches, in what precision."""
+
+    max_steps: int | None = option(None, "optimizer steps of the run; or set max_samples", "steps")
+    max_samples: int | None = option(None, "samples of the run; or set max_steps", "samples")
+    micro_batch_size: int = option(1, "samples of one forward pass on one process", "samples")
+    global_batch_size: int = option(8, "samples of one optimizer step over all processes", "samples")
+    precision: Precision = option("bf16", "number format of the forward and backward pass")
+    recompute: Recompute = option("none", "activations made again in the backward pass instead of kept")
+    seed: int = option(1234, "seed of weights, data order and dropout")
+    eval_interval: int = option(2000, "steps between validations; 0: only at the end", "steps")
+    eval_steps: int = option(32, "global batches of one validation", "batches")
+    log_interval: int = option(1, "steps between lines of metrics.jsonl", "steps")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return (self.max_samples or 0) // self.global_batch_size
+
+    @property
+    def samples(self) -> int:
+        """Samples of the run."""
+        return self.max_samples if self.max_samples is not None else self.steps * self.global_batch_size
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """What is saved and when."""
+
+    save_interval: int = option(2000, "steps between checkpoints; one more is saved at the end", "steps")
+    keep_last: int = option(3, "checkpoints kept, newest first; 0: all of them")
+    load: str | None = option(None, "checkpoint to start from when the run has none of its own")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Everything one run needs; the arguments of `hybrid.run.pretrain`."""
+
+    name: str
+    model: ModelConfig
+    parallel: ParallelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    folder: str = "runs"
+    plugins: list[str] = field(default_factory=list)  # what is arranged around the run, see recipes/plugins.py

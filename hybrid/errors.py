@@ -1,0 +1,42 @@
+"""What a user did wrong, said in the user's own terms."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    `place` names the field, file or argument as the user wrote it (`model.num_layers`), `message` is one sentence
+    that says what is wrong there and the way out. `detail` is an optional second line, kept as it is: a caret under a
+    symbol, the sequence of valid names.
+    """
+
+    place: str
+    message: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.message}" if self.place else self.message
+        return f"{text}\n{self.detail}" if self.detail else text
+
+
+class UserError(Exception):
+    """Something the user can mend; the command prints it without a traceback and ends with `exit_code`."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A usage or configuration error: every problem found, not only the first one."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[Problem] | Problem | str):
+        if isinstance(problems, str):
+            problems = Problem("", problems)
+        if isinstance(problems, Problem):
+            problems = [problems]
+        self.problems = list(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
