@@ -1,0 +1,1 @@
+"""What a run costs, as pure functions of its settings: parameters, operations, memory, messages and time."""
