@@ -1,0 +1,301 @@
+"""Text, JSONL and Parquet files as documents, block by block."""
+
+import difflib
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hybrid.data.encode import BLOCK_BYTES, Block, Document, Texts
+from hybrid.errors import ConfigError, Problem, UserError
+
+_COMPRESSED = (".gz", ".zst")
+_JSON = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of documents: `kind` is "text", "jsonl" or "parquet"; `size` in bytes as it lies on the disk."""
+
+    path: Path
+    kind: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the file is gzip or zstd."""
+        return self.path.suffix in _COMPRESSED
+
+
+class BadDocument(UserError):
+    """A document that cannot be read: file, line or row, and why."""
+
+    def __init__(self, path: Path, where: str, reason: str):
+        super().__init__(path, where, reason)
+
+    def __str__(self) -> str:
+        path, where, reason = self.args
+        return f"'{path}', {where}: {reason}"
+
+
+def find_inputs(names: list[str], place: str = "INPUT") -> list[InputFile]:
+    """Return the files, and the files of the folders, in the order given and by name within a folder.
+
+    `.jsonl`, `.json` and `.ndjson` are JSON lines, `.parquet` is Parquet, any other file is one document of text; all
+    but Parquet may be compressed (`.gz`, `.zst`). Raises ConfigError for all that is missing, unreadable or empty.
+    """
+    files: list[InputFile] = []
+    problems: list[Problem] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+            if not found:
+                problems.append(Problem(place, f"the folder '{name}' holds no files"))
+        else:
+            found = [path]
+        for each in found:
+            try:
+                with each.open("rb"):
+                    status = each.stat()
+            except OSError as error:
+                problems.append(Problem(place, f"'{each}' cannot be read: {os.strerror(error.errno or 0).lower()}"))
+                continue
+            if status.st_size == 0:
+                problems.append(Problem(place, f"'{each}' is empty"))
+            files.append(InputFile(each.resolve(), _kind(each), status.st_size, status.st_mtime_ns))
+    if problems:
+        raise ConfigError(problems)
+    return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _kind(path: Path) -> str:
+    suffix = path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+    if suffix in _JSON:
+        return "jsonl"
+    return "parquet" if suffix == ".parquet" else "text"
+
+
+def read_blocks(files: list[InputFile], key: str) -> Iterator[Block]:
+    """Yield the documents of the files as blocks; the same ones every time.
+
+    Workers read plain files themselves; compressed lines and Parquet are unpacked here and sent to them.
+    """
+    texts: list[Path] = []
+    for file in files:
+        if file.kind == "text":
+            texts.append(file.path)
+            if sum(path.stat().st_size for path in texts) >= BLOCK_BYTES:
+                yield TextFiles(texts)
+                texts = []
+            continue
+        if texts:
+            yield TextFiles(texts)
+            texts = []
+        if file.kind == "parquet":
+            yield from _parquet_blocks(file, key)
+        elif file.compressed:
+            yield from _compressed_blocks(file, key)
+        else:
+            for start in range(0, file.size, BLOCK_BYTES):
+                yield LinesBetween(file.path, key, start, min(start + BLOCK_BYTES, file.size))
+    if texts:
+        yield TextFiles(texts)
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files that are one document each."""
+
+    paths: list[Path]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.paths)
+
+    def documents(self) -> Iterable[Document]:
+        """Read the files. Raises BadDocument for one that is not UTF-8."""
+        for path in self.paths:
+            with _open(path) as file:
+                text = file.read()
+            try:
+                yield text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                line = text.count(b"\n", 0, error.start) + 1
+                raise BadDocument(path, f"line {line}", "this is not UTF-8 text") from error
+
+
+@dataclass(frozen=True)
+class LinesBetween:
+    """The lines of a JSONL file that begin between two bytes."""
+
+    path: Path
+    key: str
+    start: int
+    stop: int
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the file that this is."""
+        return self.stop - self.start
+
+    def documents(self) -> Iterable[Document]:
+        """Read the lines. Raises BadDocument for one that cannot be used."""
+        with self.path.open("rb") as file:
+            if self.start:
+                file.seek(self.start - 1)
+                file.readline()  # the line that the block before ends with
+            while (at := file.tell()) < self.stop and (line := file.readline()):
+                try:
+                    document = parse_line(line, self.key)
+                except ValueError as error:
+                    file.seek(0)
+                    raise BadDocument(self.path, f"line {_count_lines(file, at) + 1}", str(error)) from error
+                if document is not None:
+                    yield document
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of a compressed JSONL file, unpacked."""
+
+    path: Path
+    key: str
+    first_line: int
+    data: bytes
+    source_bytes: int
+
+    def documents(self) -> Iterable[Document]:
+        """Parse the lines. Raises BadDocument for one that cannot be used."""
+        for number, line in enumerate(io.BytesIO(self.data), self.first_line):
+            try:
+                document = parse_line(line, self.key)
+            except ValueError as error:
+                raise BadDocument(self.path, f"line {number}", str(error)) from error
+            if document is not None:
+                yield document
+
+
+def parse_line(line: bytes, key: str) -> Document | None:
+    """Return the text, or list of texts, under `key` of a JSON line; None for a blank line.
+
+    Raises ValueError, which says what is wrong.
+    """
+    if line.isspace():
+        return None
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError("this is not UTF-8 text") from error
+    except ValueError as error:
+        raise ValueError(f"this is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"this is a JSON {type(record).__name__}, not an object with the key '{key}'")
+    if key not in record:
+        raise ValueError(_missing_key(key, list(record)))
+    return _text(record[key], key)
+
+
+def _missing_key(key: str, keys: list[str]) -> str:
+    near = difflib.get_close_matches(key, keys, 1)
+    there = ", ".join(f"'{name}'" for name in keys) or "none at all"
+    return f"there is no key '{key}'{f', did you mean {near[0]!r}?' if near else ''} (keys: {there})"
+
+
+def _text(value: Any, key: str) -> Document:
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"'{key}' is {json.dumps(value, default=str)[:40]}, not a text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"'{key}' holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def _count_lines(file: BinaryIO, stop: int) -> int:
+    count = 0
+    while stop > 0 and (data := file.read(min(stop, 1 << 20))):
+        count += data.count(b"\n")
+        stop -= len(data)
+    return count
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path)  # pyright: ignore[reportReturnType]
+    if path.suffix == ".zst":
+        return _library("zstandard").open(path, "rb")
+    return path.open("rb")
+
+
+def _compressed_blocks(file: InputFile, key: str) -> Iterator[Block]:
+    with file.path.open("rb") as raw, _unpacked(raw, file.path) as lines:
+        line, read, rest = 1, 0, b""
+        try:
+            while data := lines.read(BLOCK_BYTES):
+                end = data.rfind(b"\n") + 1
+                data, rest = (rest + data[:end], data[end:]) if end else (b"", rest + data)
+                if data:
+                    yield Lines(file.path, key, line, data, raw.tell() - read)
+                    line, read = line + data.count(b"\n"), raw.tell()
+        except (OSError, EOFError, *_zstd_errors()) as error:
+            raise BadDocument(file.path, f"after line {line - 1}", f"it cannot be unpacked ({error})") from error
+        if rest:
+            yield Lines(file.path, key, line, rest, raw.tell() - read)
+
+
+def _unpacked(raw: BinaryIO, path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return _library("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+
+
+def _zstd_errors() -> tuple[type[Exception], ...]:
+    try:
+        import zstandard
+    except ImportError:
+        return ()
+    return (zstandard.ZstdError,)
+
+
+def _parquet_blocks(file: InputFile, key: str) -> Iterator[Block]:
+    parquet = _library("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(file.path) as table:
+            if key not in table.schema_arrow.names:
+                raise BadDocument(file.path, "schema", _missing_key(key, table.schema_arrow.names))
+            rows = max(1, table.metadata.num_rows)
+            at = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[key]):
+                try:
+                    texts = [_text(value, key) for value in batch.column(0).to_pylist()]
+                except ValueError as error:
+                    raise BadDocument(file.path, f"rows {at} to {at + len(batch)}", str(error)) from error
+                yield Texts(texts, file.size * (at + len(batch)) // rows - file.size * at // rows)
+                at += len(batch)
+    except (_library("pyarrow").ArrowException, OSError) as error:
+        raise BadDocument(file.path, "whole file", f"it cannot be read as Parquet ({error})") from error
+
+
+def _library(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UserError(
+            f"reading such a file needs the package {package}: pip install 'hybrid-recipes[data]'"
+        ) from error
