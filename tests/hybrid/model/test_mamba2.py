@@ -1,0 +1,71 @@
+"""The Mamba-2 layer against an independent implementation: transformers' pure PyTorch Mamba2."""
+
+from pathlib import Path
+
+import torch
+
+import hybrid.quiet  # noqa: F401
+from hybrid.costs.pipeline import stage_pattern
+from hybrid.model.build import build_model, transformer_config
+from hybrid.training.distributed import start, stop
+from tests import toy
+
+
+def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    settings = toy.settings(tmp_path, model={"layer_pattern": "MMM", "init_std": 0.1})
+    device = start(settings.parallel, None, seed=3).device
+    try:
+        pattern = stage_pattern(settings)
+        ours = build_model(settings, transformer_config(settings, pattern), pattern)
+        size = settings.model
+        theirs = Mamba2ForCausalLM(
+            Mamba2Config(
+                vocab_size=size.padded_vocab_size,
+                hidden_size=size.hidden_size,
+                num_hidden_layers=3,
+                num_heads=size.mamba_heads,
+                head_dim=size.mamba_head_dim,
+                state_size=size.mamba_state_dim,
+                n_groups=size.mamba_num_groups,
+                chunk_size=size.mamba_chunk_size,
+                use_bias=False,
+                tie_word_embeddings=False,
+                layer_norm_epsilon=size.norm_epsilon,
+            )
+        )
+        theirs.to(device)
+        theirs.load_state_dict(
+            {_their_name(name): value for name, value in ours.state_dict().items() if value is not None}
+        )
+
+        tokens = torch.randint(257, (2, 45), generator=torch.Generator().manual_seed(0)).to(device)
+        logits = ours(tokens, torch.arange(45, device=device).expand(2, -1), None)
+        expected = theirs(tokens).logits
+        # float32 both; the scan in different chunks and orders. Logits are of size 1.
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        (logits * weights).sum().backward()
+        (expected * weights).sum().backward()
+        gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+        for name, parameter in ours.named_parameters():
+            gradient = gradients[_their_name(name)]
+            assert parameter.grad is not None and gradient is not None
+            apart = (parameter.grad - gradient.view_as(parameter.grad)).norm() / gradient.norm()
+            assert apart < 1e-4, name
+    finally:
+        stop()
+
+
+def _their_name(name: str) -> str:
+    for old, new in (
+        ("embedding.word_embeddings.", "backbone.embeddings."),
+        ("decoder.final_norm.", "backbone.norm_f."),
+        ("decoder.", "backbone."),
+        ("output_layer.", "lm_head."),
+        ("conv1d_", "conv1d."),
+    ):
+        name = name.replace(old, new)
+    return name
