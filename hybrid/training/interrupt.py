@@ -1,0 +1,42 @@
+"""Signals that ask a run to save and stop at the end of its step.
+
+Ctrl-C (SIGINT), SIGTERM (kill, Slurm at the end of a job or before preemption) and SIGUSR1 (Slurm's warning before
+the time limit, see `recipes/executors.py`). Ctrl-C after any of them stops the run at once. The other two may come
+several times for one reason, from Slurm and from torchrun.
+"""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interrupt:
+    """While entered, the first of these signals only sets `wanted`."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._signal = signal.SIGINT
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.wanted and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.wanted:
+            self._signal = signal.Signals(number)
+        self.wanted = True
+
+    def exit(self) -> SystemExit:
+        """The exit that says which signal ended the run, as shells say it: 128 + its number."""
+        return SystemExit(128 + self._signal)
