@@ -1,0 +1,134 @@
+"""A run in a container on this machine, started by docker or podman.
+
+The container sees the folder that this is started from, the folder of the runs and the data cache under their own
+names, and runs as the user who starts it. It takes the code from here, so that the image need not be built anew for
+each change of it.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.config import Settings
+from hybrid.data.cache import cache_folder
+from hybrid.errors import ConfigError, Problem, UserError
+from recipes import plugins, records, staging, watching
+from recipes.executors import Docker, visible_gpus
+from recipes.records import Record
+from recipes.slurm_script import RECIPE_FILE
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+
+def launch(
+    recipe: "fdl.Partial[Any]", built: Settings, executor: Docker, count: int, *, detach: bool, dry_run: bool
+) -> int:
+    """Run a recipe in a container of `count` processes; returns the exit code, 0 with `detach`.
+
+    Raises ConfigError for values of the executor that cannot be, UserError in docker's own words.
+    """
+    if problems := list(_problems(executor)):
+        raise ConfigError(problems)
+    run = (Path(built.folder) / built.name).absolute()
+    around = plugins.arrange(built)
+    variables = around.env | executor.env
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"hybrid-{built.name}-{stamp}"
+    staged = run / "jobs" / stamp
+    command = _command(built, executor, count, run, staged, name, around.prefix, variables)
+    if dry_run:
+        print(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in variables.items()), shlex.join(command)]))
+        return 0
+    _require_image(executor)
+    try:
+        staged.mkdir(parents=True)
+        for folder in (run / records.LOGS, *(run / folder for folder in around.folders), cache_folder(built.data)):
+            folder.mkdir(parents=True, exist_ok=True)
+        staging.stage(staged, [recipe])
+    except OSError as error:
+        raise UserError(f"{staged}: the run's folder cannot be written: {error.strerror}") from None
+    staging.write_recipe(recipe, run)
+    started = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if started.returncode:
+        subprocess.run([executor.command, "rm", "--force", name], capture_output=True)
+        raise UserError(f"the container did not start: {started.stderr.strip()}")
+    sent = time.strftime("%FT%T%z")
+    record = Record(kind="docker", name=built.name, run=str(run), sent=sent, ids=[name], command=executor.command)
+    records.write(record, run)
+    print(f"{built.name} is started as container {name}", flush=True)
+    return 0 if detach else _until_ended(executor, run, name)
+
+
+def _until_ended(executor: Docker, run: Path, name: str) -> int:
+    """Follow a container; Ctrl-C asks the run to save and stop, as it does without one."""
+    while True:
+        try:
+            return watching.follow(run)
+        except KeyboardInterrupt:
+            subprocess.run([executor.command, "kill", "--signal=INT", name], capture_output=True)
+
+
+def _command(
+    built: Settings,
+    executor: Docker,
+    count: int,
+    run: Path,
+    staged: Path,
+    name: str,
+    prefix: list[str],
+    variables: Mapping[str, str],
+) -> list[str]:
+    here = Path.cwd()
+    cache = cache_folder(built.data).absolute()
+    folders = dict.fromkeys(str(folder) for folder in (here, run.parent, cache))
+    mounts = [f"{folder}:{folder}" for folder in folders]
+    mounts += [mount if ":" in mount else f"{mount}:{mount}" for mount in executor.mounts]
+    podman = Path(executor.command).name == "podman"
+    own = {"HOME": "/tmp", "PYTHONPATH": f"{staged}/code", "PYTHONSAFEPATH": "1", "XDG_CACHE_HOME": str(cache.parent)}
+    # One thread a process is torchrun's own default; share the cores out instead.
+    own["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+    words = [executor.command, "run", "--detach", f"--name={name}", "--init", "--ipc=host", f"--workdir={here}"]
+    # Files of the run belong to the user who started it.
+    words += ["--userns=keep-id"] if podman and os.geteuid() else [f"--user={os.geteuid()}:{os.getegid()}"]
+    if visible_gpus():
+        words += ["--device=nvidia.com/gpu=all"] if podman else ["--gpus", str(executor.devices or "all")]
+    words += [f"--volume={mount}" for mount in mounts]
+    words += [f"--env={key}={value}" for key, value in own.items() if key not in variables]
+    words += [f"--env={key}" for key in variables]  # with the value that the command itself is started with
+    words += [*executor.options, executor.image, *prefix, executor.python, "-u"]
+    if count > 1:
+        words += ["-m", "recipes.torchrun", str(staged / "ranks"), "--standalone", "--nproc-per-node", str(count)]
+    return [*words, "-m", "recipes.worker", str(staged / RECIPE_FILE)]
+
+
+def _problems(executor: Docker) -> list[Problem]:
+    problems = []
+    if not shutil.which(executor.command):
+        message = f"'{executor.command}' is not installed here; docker and podman will do"
+        problems.append(Problem("executor.command", message))
+    for mount in executor.mounts:
+        host = mount.split(":")[0]
+        if not host.startswith("/"):
+            problems.append(Problem("executor.mounts", f"'{mount}' is not HOST:CONTAINER with paths that begin with /"))
+        elif not Path(host).exists():
+            problems.append(Problem("executor.mounts", f"there is no '{host}' here"))
+    return problems
+
+
+def _require_image(executor: Docker) -> None:
+    """Raise UserError if the image is not here, with what there is to do."""
+    inspected = subprocess.run(
+        [executor.command, "image", "inspect", "--format", "{{.Id}}", executor.image], capture_output=True, text=True
+    )
+    if inspected.returncode:
+        said = (inspected.stderr.strip().splitlines() or ["no answer"])[-1]
+        raise UserError(
+            f"there is no image '{executor.image}' here ({said}); docs/docker.md says how it is built, "
+            f"`{executor.command} pull` fetches one"
+        )

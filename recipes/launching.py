@@ -1,0 +1,103 @@
+"""Starting a recipe on an executor."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.checks import require
+from hybrid.costs.plan import smallest_world
+from hybrid.errors import ConfigError, Problem
+from hybrid.training.folder import refuse_other_run
+from recipes import containers, processes, records, watching
+from recipes.executors import Docker, Executor, Local, Slurm
+from recipes.settle import settings, settle
+from recipes.submitting import Member, submit
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+    import nemo_run
+
+
+def launch(
+    recipe: "fdl.Partial[Any]",
+    executor: "Executor | nemo_run.Executor | None" = None,
+    *,
+    detach: bool = False,
+    dry_run: bool = False,
+    repeat: int = 1,
+) -> int:
+    """Check a recipe and run it on an executor, by default this machine; returns the exit code of the run.
+
+    The executor is one of ours (`local`, `slurm`, `docker`) or any of nemo-run's. `dry_run` prints what would be
+    started and starts nothing; `detach` returns when the run has been started. `repeat` is the length of a chain of
+    Slurm jobs, each of which goes on where the one before stopped at its time limit. Raises ConfigError with everything
+    that is wrong with the recipe on that executor, UserError if the executor refuses.
+    """
+    member = prepare(settle(recipe))
+    recipe, built = member.recipe, member.built
+    if size := os.environ.get("WORLD_SIZE"):  # under torchrun already, started by hand
+        require(built, int(size))
+        return processes.run_here(recipe, built)
+    refuse_under_way(member.folder)
+    if executor is None or isinstance(executor, Local | Docker | Slurm):
+        where = executor or Local()
+    else:
+        from recipes import foreign
+
+        where = foreign.ours(executor)
+        if where is None:
+            require(built, foreign.processes(executor))
+            return foreign.run(recipe, built, executor, detach=detach, dry_run=dry_run)
+    if isinstance(where, Slurm):
+        job = submit([member], built.name, where, repeat=repeat, dry_run=dry_run)
+        if job is None:
+            return 0
+        record = records.read(member.folder)
+        assert record
+        print(f"{record.name} is sent as job {', '.join(record.ids)}", flush=True)
+        return 0 if detach else until_interrupted(member.folder, watching.follow)
+    if repeat > 1:
+        raise ConfigError(Problem("--repeat", "chains jobs of a Slurm cluster; here, a run takes the time it takes"))
+    count = where.processes(smallest_world(built))
+    require(built, count)
+    start = containers.launch if isinstance(where, Docker) else processes.launch
+    return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
+
+
+def prepare(recipe: "fdl.Partial[Any]") -> Member:
+    """The run that a settled recipe means.
+
+    Raises ConfigError for what is wrong with it on any executor, also that its folder holds another run, and within a
+    job: what a job's own code launches would be launched by each of its processes, and again by those it starts.
+    """
+    if "HYBRID_JOB" in os.environ:
+        raise ConfigError("this is a job that was launched already; put the call of launch under a main guard")
+    built = settings(recipe)
+    refuse_other_run(built)
+    return Member(recipe, built)
+
+
+def refuse_under_way(folder: Path) -> None:
+    """Raise ConfigError if the run in a folder is queued or running."""
+    if records.read(folder) is None:
+        return
+    found = watching.state(folder)
+    if found.status in ("queued", "running"):
+        message = (
+            f"the run '{found.name}' is {found.status}{f' ({found.detail})' if found.detail else ''}; wait for it, "
+            f"`hybrid cancel {found.name}`, or name this run otherwise (name=...)"
+        )
+        raise ConfigError(Problem("name", message))
+
+
+def until_interrupted(folder: Path, follow: Callable[[Path], int]) -> int:
+    """Follow a job; Ctrl-C ends that and not the job."""
+    try:
+        return follow(folder)
+    except KeyboardInterrupt:
+        name = folder.name
+        hint = f"{name} goes on; `hybrid logs -f {name}` shows it again, `hybrid cancel {name}` ends it"
+        print(f"\n{hint}", file=sys.stderr)
+        return 130

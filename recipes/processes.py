@@ -1,0 +1,149 @@
+"""A run on this machine: in this process, or in others under torchrun."""
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.config import Settings
+from hybrid.errors import UserError
+from hybrid.training import folder as run_folder
+from recipes import plugins, records, watching
+from recipes.executors import Local
+from recipes.records import Record
+from recipes.slurm_script import RECIPE_FILE
+from recipes.staging import write_recipe
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+CONSOLE_FILE = "console.txt"  # what a detached run writes
+_ENDED = f"{records.LOGS}/exit_local"
+
+
+def launch(
+    recipe: "fdl.Partial[Any]",
+    built: Settings,
+    executor: Local,
+    count: int,
+    *,
+    detach: bool,
+    dry_run: bool,
+    own_process: bool = False,
+) -> int:
+    """Run a recipe in `count` processes; returns the exit code. A single one is this one, unless `own_process`."""
+    run = Path(built.folder) / built.name
+    around = plugins.arrange(built)
+    variables = around.env | executor.env
+    command = [*around.prefix, *_command(run, count)]
+    if dry_run:
+        print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
+        return 0
+    write_recipe(recipe, run)
+    for name in around.folders:
+        (run / name).mkdir(exist_ok=True)
+    if count == 1 and not detach and not own_process and not around.prefix:
+        os.environ.update(variables)
+        return run_here(recipe, built)
+    # One thread a process is torchrun's own default; share the cores out instead.
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
+    return _detach(command, environment, run) if detach else _wait(command, environment, run)
+
+
+def run_here(recipe: "fdl.Partial[Any]", built: Settings) -> int:
+    """Run a recipe in this process, as the only one or as one of torchrun's."""
+    import fiddle as fdl
+
+    run = Path(built.folder) / built.name
+    if int(os.environ.get("RANK", "0")):
+        fdl.build(recipe)()
+        return 0
+    write_recipe(recipe, run)
+    with _recorded(run, os.getpid()) as ended:
+        ended.code = 1
+        try:
+            fdl.build(recipe)()
+            ended.code = 0
+        except UserError as error:
+            ended.code = error.exit_code
+            raise
+        except SystemExit as error:
+            ended.code = error.code if isinstance(error.code, int) else 1
+            raise
+    return 0
+
+
+def _command(run: Path, count: int) -> list[str]:
+    worker = ["-m", "recipes.worker", str(run / RECIPE_FILE)]
+    if count == 1:
+        return [sys.executable, *worker]
+    torchrun = ["-m", "recipes.torchrun", str(run / "logs"), "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, *torchrun, *worker]
+
+
+@dataclass
+class _Ended:
+    code: int = 1
+
+
+@contextmanager
+def _recorded(run: Path, pid: int) -> Iterator[_Ended]:
+    """Remember that a run is going on in a process, and with what code it ended."""
+    _remember(run, pid, log=run_folder.LOG_FILE)
+    ended = _Ended()
+    try:
+        yield ended
+    finally:
+        (run / _ENDED).write_text(f"{ended.code}\n")
+
+
+def _remember(run: Path, pid: int, log: str) -> None:
+    record = Record(
+        kind="local",
+        name=run.name,
+        run=str(run.absolute()),
+        sent=time.strftime("%FT%T%z"),
+        log=log,
+        process=(pid, watching.process_start(pid)),
+        machine=socket.gethostname(),
+    )
+    (run / records.LOGS).mkdir(exist_ok=True)
+    (run / _ENDED).unlink(missing_ok=True)
+    records.write(record, run)
+
+
+def _detach(command: list[str], environment: dict[str, str], run: Path) -> int:
+    # A shell waits for the run and writes down how it ended; it takes no notice of what asks the run to stop.
+    script = f'trap : TERM INT USR1; "$@"; code=$?; echo $code > {shlex.quote(str(run / _ENDED))}; exit $code'
+    with (run / CONSOLE_FILE).open("w") as output:
+        process = subprocess.Popen(
+            ["bash", "-c", script, "hybrid", *command],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    _remember(run, process.pid, log=CONSOLE_FILE)
+    print(f"{run.name} is started as process {process.pid}; `hybrid logs -f {run.name}` shows its output")
+    return 0
+
+
+def _wait(command: list[str], environment: dict[str, str], run: Path) -> int:
+    process = subprocess.Popen(command, env=environment)
+    with _recorded(run, process.pid) as ended:
+        while True:
+            try:
+                ended.code = process.wait()
+                return ended.code
+            except KeyboardInterrupt:
+                # The terminal has sent it to the processes too: they save, and then this one ends with them.
+                continue

@@ -1,0 +1,43 @@
+"""What travels to a job: the recipe, the code that is running here, and the versions of what it runs on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.errors import UserError
+from recipes import worker
+from recipes.files import to_yaml
+from recipes.slurm_script import RECIPE_FILE
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+PACKAGES = ("hybrid", "recipes", "converters", "cli")
+
+
+def stage(folder: Path, recipes: "list[fdl.Partial[Any]]") -> None:
+    """Fill `folder` with one recipe, or those of a sweep by number, the code as it stands, committed or not, and its
+    versions.
+
+    A recipe is complete in its file, whatever file of the user's it was made by.
+    """
+    for number, recipe in enumerate(recipes, start=1):
+        name = RECIPE_FILE if len(recipes) == 1 else f"recipe-{number}.yaml"
+        (folder / name).write_text(to_yaml(recipe))
+    (folder / worker.VERSIONS_FILE).write_text(json.dumps(worker.versions(), indent=1) + "\n")
+    root = Path(__file__).parent.parent
+    for package in PACKAGES:
+        shutil.copytree(root / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def write_recipe(recipe: "fdl.Partial[Any]", run: Path) -> None:
+    """Write a recipe into its run's folder, for whoever comes back to it. Raises UserError if it cannot be written."""
+    path = run / RECIPE_FILE
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        beside.write_text(to_yaml(recipe))
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{run}: the run's folder cannot be written: {error.strerror}") from None

@@ -1,0 +1,216 @@
+"""Sweeps: every combination of the values that overrides name, as runs of their own, and one table of what came out.
+
+`hybrid pretrain tiny --sweep model.layer_pattern=M-M-,M-M* optimizer.lr=1e-3,3e-3` makes the runs tiny-1 to tiny-4. On
+this machine they run one after the other, on a Slurm cluster as an array of jobs.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.checks import check
+from hybrid.costs.plan import smallest_world
+from hybrid.errors import ConfigError, Problem, UserError
+from recipes import nodes, overrides, processes, records, typed, watching
+from recipes.executors import Executor, Local, Slurm
+from recipes.launching import prepare, refuse_under_way, until_interrupted
+from recipes.records import SWEEP_FILE
+from recipes.settle import settle
+from recipes.submitting import Member, submit
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+    import nemo_run
+
+_SECONDS = 3.0  # between two looks at the runs
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination: the values by key, and the overrides that say them and all else."""
+
+    values: dict[str, str]
+    arguments: list[str]
+
+
+@dataclass
+class Row:
+    """What came out of one run of a sweep. `validation` holds losses by the name of the held-out set."""
+
+    run: str
+    values: dict[str, str]
+    status: str = "unknown"
+    step: int | None = None
+    loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+def expand(arguments: Sequence[str]) -> list[Point]:
+    """Return the combinations of overrides of which some name several values, parted by commas.
+
+    Commas in brackets or quotes part nothing: `data.split=[99,1,0]` is one value. Raises ConfigError.
+    """
+    choices: list[list[str]] = []
+    for argument in arguments:
+        override = overrides.parse(argument)
+        try:
+            values = typed.split(override.value)
+        except ValueError as error:
+            raise ConfigError(Problem(override.key, str(error))) from None
+        choices.append([f"{override.key}{override.operator}{value}" for value in values])
+    swept = [number for number, options in enumerate(choices) if len(options) > 1]
+    if not swept:
+        raise ConfigError(
+            Problem("--sweep", "no override names several values; write for example optimizer.lr=1e-3,3e-3")
+        )
+    points = []
+    for chosen in itertools.product(*choices):
+        parsed = [overrides.parse(chosen[number]) for number in swept]
+        points.append(Point({override.key: override.value for override in parsed}, list(chosen)))
+    return points
+
+
+def launch_sweep(
+    points: Sequence[Point],
+    recipe_of: "Callable[[list[str]], fdl.Partial[Any]]",
+    executor: "Executor | nemo_run.Executor | None" = None,
+    *,
+    detach: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run a recipe once for each point of a sweep: here one after the other, on Slurm as an array of jobs.
+
+    `recipe_of` makes the recipe of a list of overrides. The runs are named after it and numbered from 1. Prints a table
+    at the end; returns the first exit code that is not 0. Raises ConfigError with everything that is wrong with any of
+    them, UserError if Slurm refuses.
+    """
+    executor = executor or Local()
+    if not isinstance(executor, Local | Slurm) or (detach and isinstance(executor, Local)):
+        raise ConfigError(Problem("--sweep", "runs attached on this machine, or on a Slurm cluster"))
+    members, problems = [], []
+    for number, point in enumerate(points, start=1):
+        recipe = settle(recipe_of(point.arguments))
+        recipe.name = f"{nodes.value(recipe, 'name')}-{number}"
+        try:
+            members.append(prepare(recipe))
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        built = members[-1].built
+        count = executor.processes(smallest_world(built))
+        problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in check(built, count)]
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    for member in members:
+        refuse_under_way(member.folder)
+    name = members[0].built.name.removesuffix("-1")
+    folder = members[0].folder.parent / name
+    if isinstance(executor, Local):
+        if not dry_run:
+            _remember(folder, points, members)
+        code = _queue(members, executor, dry_run=dry_run)
+    else:
+        if submit(members, name, executor, repeat=1, dry_run=dry_run):
+            _remember(folder, points, members)
+            record = records.read(members[0].folder)
+            assert record
+            print(f"{name} is sent as job {record.ids[0].partition('_')[0]}, {len(members)} runs", flush=True)
+        code = 0 if dry_run or detach else until_interrupted(folder, follow)
+    if not dry_run and not detach:
+        print(table(rows(folder)))
+    return code
+
+
+def _queue(members: Sequence[Member], executor: Local, *, dry_run: bool) -> int:
+    """Run the members on this machine, one after the other; returns the first exit code that is not 0."""
+    codes = []
+    for member in members:
+        if not dry_run:
+            print(f"== {member.built.name}", flush=True)
+        count = executor.processes(smallest_world(member.built))
+        codes.append(
+            processes.launch(
+                member.recipe, member.built, executor, count, detach=False, dry_run=dry_run, own_process=True
+            )
+        )
+        if codes[-1] in (130, 143):  # the sweep was asked to stop
+            break
+    return next((code for code in codes if code), 0)
+
+
+def _remember(folder: Path, points: Sequence[Point], members: Sequence[Member]) -> None:
+    """Write down in the sweep's folder which run has which values."""
+    entries = [
+        {"run": str(member.folder.absolute()), "values": point.values}
+        for member, point in zip(members, points, strict=True)
+    ]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SWEEP_FILE).write_text(json.dumps(entries, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: the sweep's folder cannot be written: {error.strerror}") from None
+
+
+def rows(folder: Path) -> list[Row]:
+    """How the runs of a sweep stand and what came out of them. Raises UserError if their machine does not answer."""
+    found = []
+    for entry in json.loads((folder / SWEEP_FILE).read_text()):
+        run = Path(entry["run"])
+        row = Row(run.name, entry["values"])
+        if run.is_dir():
+            state = watching.state(run)
+            row.status, row.step, row.loss, row.validation = state.status, state.step, state.loss, state.validation
+        found.append(row)
+    return found
+
+
+def follow(folder: Path) -> int:
+    """Say when a run of a sweep begins and ends, until all have ended; returns the first exit code that is not 0."""
+    said: dict[str, str] = {}
+    runs = [Path(entry["run"]) for entry in json.loads((folder / SWEEP_FILE).read_text())]
+    while True:
+        states = {run.name: watching.state(run) for run in runs}
+        for name, state in states.items():
+            if said.get(name) != state.status:
+                said[name] = state.status
+                print(f"{name} is {state.status}{f': {state.detail}' if state.detail else ''}", flush=True)
+        if not any(state.status in ("queued", "running") for state in states.values()):
+            return next((state.code for state in states.values() if state.code), 0)
+        time.sleep(_SECONDS)
+
+
+def table(found: Sequence[Row]) -> str:
+    """The rows as text. A star marks the run with the lowest validation loss, or loss where there is none."""
+    keys = list(found[0].values)
+    held_out = sorted({name for row in found for name in row.validation})
+    best = min(found, key=lambda row: next(iter(row.validation.values()), row.loss if row.loss is not None else 1e30))
+    lines = [["run", *keys, "state", "step", "loss", *(f"{name} loss" for name in held_out)]]
+    for row in found:
+        numbers = [row.loss, *(row.validation.get(name) for name in held_out)]
+        shown = ["" if number is None else f"{number:.4f}" for number in numbers]
+        values = [row.values[key] for key in keys]
+        lines.append([row.run, *values, row.status, "" if row.step is None else str(row.step), *shown])
+        if row is best and row.loss is not None:
+            lines[-1][-1] += " *"
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def under_way(folder: Path) -> list[Path]:
+    """The folders of a sweep's runs that are queued or running. Raises UserError if there is none."""
+    runs = [Path(entry["run"]) for entry in json.loads((folder / SWEEP_FILE).read_text())]
+    found = [run for run in runs if run.is_dir() and watching.state(run).status in ("queued", "running")]
+    if not found:
+        raise UserError(f"{folder.name}: none of its runs is queued or running")
+    return found
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder is that of a sweep."""
+    return (folder / SWEEP_FILE).is_file()

@@ -1,0 +1,127 @@
+"""Recipes made of other recipes: fine-tuning one, and a small one of the same shape for a trial run.
+
+Both return a new recipe and leave the given one as it is; on the command line they are written around a name:
+`hybrid show 'shrink(hybrid_8b, steps=5)'`.
+"""
+
+import copy
+from math import lcm
+from typing import TYPE_CHECKING, Any
+
+from hybrid import pattern as patterns
+from hybrid import run
+from hybrid.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from hybrid.pattern import Pattern
+from recipes import nodes, parts
+from recipes.nodes import config, partial
+from recipes.settle import settings
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+
+def finetune(recipe: "fdl.Partial[Any]", checkpoint: str | None = None) -> "fdl.Partial[Any]":
+    """Return the recipe that fine-tunes the model of `recipe`, from the weights in `checkpoint`.
+
+    Model, layout, data and precision stay. Length, batch and schedule are those of full fine-tuning in Megatron-Bridge
+    (`recipes/common.py`, `_sft_common`): 1000 steps of 128 samples, learning rate 5e-6, 50 steps of warm-up. A recipe
+    that fine-tunes already only gets the checkpoint.
+    """
+    if recipe.__fn_or_cls__ is run.finetune:
+        tuned = copy.deepcopy(recipe)
+        tuned.checkpoint.load = checkpoint or tuned.checkpoint.load
+        return tuned
+    values = copy.deepcopy(recipe).__arguments__
+    tuned = partial(run.finetune, **{**values, "name": f"{values['name']}_finetune"})
+    tuned.optimizer.lr = 5e-6
+    tuned.optimizer.min_lr = 0.0
+    tuned.optimizer.schedule = "cosine"
+    tuned.optimizer.warmup_samples = 50 * 128
+    tuned.optimizer.decay_samples = None
+    tuned.optimizer.wsd_decay_samples = None
+    tuned.trainer.max_steps = 1000
+    tuned.trainer.max_samples = None
+    tuned.trainer.micro_batch_size = 1
+    tuned.trainer.global_batch_size = 128
+    tuned.trainer.eval_interval = 100
+    tuned.trainer.eval_steps = 32
+    tuned.checkpoint.save_interval = 100
+    tuned.checkpoint.load = checkpoint
+    return tuned
+
+
+def shrink(
+    recipe: "fdl.Partial[Any]", steps: int = 10, layers: int = 10, hidden_size: int = 64, keep_layout: bool = False
+) -> "fdl.Partial[Any]":
+    """Return a recipe of the same shape that a laptop trains in seconds, on the CPU and on Python's own library.
+
+    The same layer kinds in the same rhythm, the same variants of each kind, the same ratios between heads, groups and
+    widths, so that what a layout or a checkpoint asks of the large model it asks of the small one. At least `layers`
+    layers, more if some kind would be missing. `keep_layout` keeps the parallel sizes for as many processes; heads and
+    groups are then multiples of the tensor parallel size. Raises ConfigError if `recipe` cannot be settled.
+    """
+    large = settings(recipe)
+    parallel = large.parallel if keep_layout else ParallelConfig()
+    tensor = parallel.tensor
+    small = copy.deepcopy(recipe)
+    small.name = f"{large.name}_small"
+    model = small.model
+    model.layer_pattern = _shorten(large.model.pattern, layers, parallel.pipeline if keep_layout else 1).text
+    model.hidden_size = hidden_size
+    model.ffn_hidden_size = _scaled(large.model.ffn_size, hidden_size, large.model.hidden_size, 16 * tensor)
+    groups = large.model.query_groups
+    model.num_query_groups = groups if groups < tensor else min(groups, max(2, tensor))
+    model.num_attention_heads = model.num_query_groups * min(large.model.num_attention_heads // groups, 2)
+    while model.num_attention_heads % tensor:
+        model.num_attention_heads += model.num_query_groups
+    model.attention_head_dim = 16
+    model.mamba_state_dim = 16
+    model.mamba_head_dim = 16
+    model.mamba_num_groups = min(large.model.mamba_num_groups, max(2, tensor))
+    unit = lcm(model.mamba_num_groups, tensor * parallel.context)
+    inner = _scaled(large.model.mamba_inner_size, hidden_size, large.model.hidden_size, 16 * unit)
+    model.mamba_num_heads = inner // 16
+    model.mamba_dt_rank = None
+    model.mamba_chunk_size = 32
+    if large.model.num_experts is not None:
+        model.num_experts = max(4, 2 * parallel.expert)
+        model.moe_top_k = min(large.model.moe_top_k, 2)
+        model.moe_ffn_hidden_size = 32 * tensor
+        model.moe_shared_expert_size = 32 * tensor if large.model.moe_shared_expert_size else None
+    model.vocab_size = 257
+    model.vocab_size_multiple = 4 * tensor
+    small.data = parts.stdlib(sequence_length=128)
+    small.parallel = copy.deepcopy(nodes.value(recipe, "parallel")) if keep_layout else parts.single()
+    small.optimizer = config(OptimizerConfig, lr=1e-3, min_lr=1e-4, schedule=large.optimizer.schedule)
+    small.trainer = config(
+        TrainerConfig,
+        max_steps=steps,
+        micro_batch_size=1,
+        global_batch_size=4,
+        precision="fp32",
+        recompute=large.trainer.recompute,
+        eval_interval=0,
+        eval_steps=1,
+    )
+    small.checkpoint = parts.checkpoints_every(steps)
+    small.checkpoint.load = large.checkpoint.load
+    return small
+
+
+def _scaled(width: int, small: int, large: int, multiple: int) -> int:
+    """`width` in the proportion `small` to `large`, rounded to a multiple, at least one."""
+    return max(1, round(width * small / large / multiple)) * multiple
+
+
+def _shorten(pattern: Pattern, layers: int, stages: int) -> Pattern:
+    """The shortest run of `layers` or more layers that has all kinds of the pattern, cut into `stages` segments."""
+    whole = pattern.layers
+    kinds = set(whole)
+    layers = min(len(whole), max(layers, stages))
+    while True:
+        for start in range(len(whole) - layers + 1):
+            window = whole[start : start + layers]
+            if set(window) == kinds:
+                short = Pattern((window,), pattern.mtp, pattern.mtp_depths)
+                return patterns.split(short, stages, dict.fromkeys(kinds, 1.0)) if stages > 1 else short
+        layers += 1

@@ -1,0 +1,333 @@
+"""Coming back to a run from any shell: how it stands, what it writes, making it stop. Imports no nemo-run.
+
+How a Slurm job stands is asked of squeue while Slurm knows it, then of the file that the job itself leaves
+(`slurm_script`), then of sacct. So it is known without accounting, and after Slurm has forgotten the job.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hybrid import settings_file
+from hybrid.errors import ConfigError, UserError
+from hybrid.training import folder as run_folder
+from recipes import records
+from recipes.records import Record
+
+Status = Literal["queued", "running", "finished", "stopped", "cancelled", "failed", "unknown"]
+
+# Job states of Slurm 22.05 and newer, squeue(1).
+_QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+_RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+_ENDED: dict[str, Status] = {"COMPLETED": "finished", "CANCELLED": "cancelled", "PREEMPTED": "stopped"}
+_ENDED |= {"TIMEOUT": "stopped"}
+_LIVE = ("queued", "running")
+# 128 + SIGINT, SIGUSR1, SIGTERM: asked to stop (hybrid/training/interrupt.py).
+_STOPPED = (130, 138, 143)
+_LAST_LINES = 20
+_SECONDS = 2.0  # between two looks at a run that is followed
+
+
+@dataclass
+class Job:
+    """How one job of a run stands."""
+
+    identity: str
+    status: Status = "unknown"
+    detail: str = ""
+    code: int | None = None
+
+
+@dataclass
+class State:
+    """How a run stands. `step` of `steps` is the newest that is recorded, `loss` its loss, `validation` those of the
+    newest validation by the name of the held-out set.
+    """
+
+    name: str
+    kind: str
+    status: Status
+    detail: str
+    jobs: list[Job]
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    validation: dict[str, float] = field(default_factory=dict)
+    last_lines: list[str] = field(default_factory=list)
+
+    @property
+    def code(self) -> int:
+        """What a command that waited for the run ends with."""
+        if self.status == "finished":
+            return 0
+        codes = [job.code for job in self.jobs if job.code]
+        return codes[-1] if codes else 1
+
+
+def state(folder: Path) -> State:
+    """How the run in a folder of this machine stands. Raises UserError if its machine does not answer."""
+    record = records.read(folder)
+    if record is None:
+        return _unrecorded(folder)
+    answer = _sections(records.ask(record, _question(record)))
+    jobs = _jobs(record, answer)
+    status, detail = _summary(jobs)
+    found = State(record.name, record.kind, status, detail, jobs, *_progress(answer))
+    if status == "failed":
+        found.last_lines = _last_lines(answer["log"])
+    return found
+
+
+def follow(folder: Path, out: Any = None) -> int:
+    """Print what a run writes, from its beginning until it has ended; returns its exit code."""
+    record = records.read(folder)
+    if record is None:
+        raise UserError(f"{folder}: it is not known how this run was started, so there is no output to follow")
+    out, said = out or sys.stdout, ""
+    seen = dict.fromkeys(_identities(record), 0)
+    while True:
+        answer = _sections(records.ask(record, _question(record)))
+        jobs = _jobs(record, answer)
+        for identity in seen:
+            new = records.ask(record, f"{_log(record, identity)} | tail -c +{seen[identity] + 1}")
+            seen[identity] += len(new)
+            out.write(new.decode(errors="replace"))
+        status, detail = _summary(jobs)
+        if status == "queued" and detail and detail != said:
+            said = detail
+            print(f"{record.name} is queued: {detail}", file=sys.stderr)
+        out.flush()
+        if status not in _LIVE:
+            return State(record.name, record.kind, status, detail, jobs).code
+        time.sleep(_SECONDS)
+
+
+def log(folder: Path) -> str:
+    """What a run has written so far."""
+    record = records.read(folder)
+    if record is None:
+        path = folder / run_folder.LOG_FILE
+        return path.read_text() if path.is_file() else ""
+    script = "\n".join(_log(record, identity) for identity in _identities(record))
+    return records.ask(record, script).decode(errors="replace")
+
+
+def cancel(folder: Path) -> str:
+    """Ask a run to save and stop; returns what was done. Raises UserError if it is not running, or cannot be asked."""
+    record = records.read(folder)
+    found = state(folder)
+    if record is None or found.status not in _LIVE:
+        raise UserError(f"{found.name} is not running: {found.status}{f' ({found.detail})' if found.detail else ''}")
+    if record.kind == "slurm":
+        if said := records.ask(record, f"scancel {' '.join(record.ids)} 2>&1").decode(errors="replace").strip():
+            raise UserError(said)
+        return f"job {', '.join(record.ids)} is cancelled; a run that has begun saves first"
+    if record.kind == "docker":
+        records.ask(record, f"{record.command} kill --signal=TERM {record.ids[0]} >/dev/null 2>&1")
+        return f"container {record.ids[0]} saves and stops"
+    assert record.process
+    pid = record.process[0]
+    if os.getpgid(pid) == pid:  # detached: the shell that waits for it leads its group
+        os.killpg(pid, signal.SIGTERM)
+    else:
+        os.kill(pid, signal.SIGTERM)
+    return f"process {pid} saves and stops"
+
+
+def process_start(pid: int) -> int:
+    """When a process began, in clock ticks since the machine's start; 0 if there is none. Tells it from a later one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _question(record: Record) -> str:
+    """The script that tells how a run stands: sections, each after a line with @ and its name."""
+    lines = [
+        "echo @metrics; tail -c 20000 metrics.jsonl 2>/dev/null; echo",
+        f"echo @settings; cat {settings_file.FILE_NAME} 2>/dev/null; echo",
+        "echo @ended",
+        *(_ended(record, identity) for identity in _identities(record)),
+    ]
+    if record.kind == "slurm":
+        ids = ",".join(record.ids)
+        # The columns: job, state, why it waits, when it is to start, where it runs.
+        lines.append(f"echo @queue; squeue --noheader --array --states=all -j {ids} -o '%i|%T|%r|%S|%N' 2>/dev/null")
+    if record.kind == "docker":
+        inspect = "inspect --format '{{.State.Status}} {{.State.ExitCode}}'"
+        lines.append(f"echo @queue; {record.command} {inspect} {record.ids[0]} 2>/dev/null")
+    logs = "; ".join(f"{_log(record, identity)} | tail -c 20000" for identity in _identities(record))
+    return "\n".join([*lines, f"echo @log; {logs}"])
+
+
+def _ended(record: Record, identity: str) -> str:
+    path = shlex.quote(record.ended.replace("%j", identity))
+    return f'[ -e {path} ] && echo "{identity} $(cat {path})"'
+
+
+def _identities(record: Record) -> list[str]:
+    return ["local"] if record.kind == "local" else record.ids
+
+
+def _log(record: Record, identity: str) -> str:
+    """The command that prints what a job has written."""
+    if record.kind == "docker":
+        return f"{record.command} logs {identity} 2>&1"
+    return f"cat {shlex.quote(record.log.replace('%j', identity))} 2>/dev/null"
+
+
+def _sections(answer: bytes) -> dict[str, str]:
+    found: dict[str, str] = {}
+    name, rest = "", answer.decode(errors="replace")
+    for section in ("metrics", "settings", "ended", "queue", "log"):
+        before, mark, after = rest.partition(f"@{section}\n")
+        if mark:
+            found[name], name, rest = before, section, after
+    found[name] = rest
+    return {section: found.get(section, "") for section in ("metrics", "settings", "ended", "queue", "log")}
+
+
+def _jobs(record: Record, answer: dict[str, str]) -> list[Job]:
+    jobs = {identity: Job(identity) for identity in _identities(record)}
+    for line in answer["ended"].splitlines():
+        identity, code, *words = line.split()
+        jobs[identity] = _by_code(identity, int(code), " ".join(words))
+    if record.kind == "local":
+        return [_local(record, jobs["local"])]
+    if record.kind == "docker":
+        return [_container(record, answer["queue"])]
+    for line in answer["queue"].splitlines():
+        identity, name, reason, start, nodes = line.split("|", 4)
+        if identity not in jobs:
+            continue
+        if name in _QUEUED:
+            when = f"expected to start {start}" if start not in ("N/A", "") else ""
+            why = reason if reason != "None" else ""
+            jobs[identity] = Job(identity, "queued", ", ".join(filter(None, (why, when))))
+        elif name in _RUNNING:
+            jobs[identity] = Job(identity, "running", f"on {nodes}")
+        elif jobs[identity].status == "unknown":
+            jobs[identity] = Job(identity, _ENDED.get(name, "failed"), name)
+    if lost := [job for job in jobs.values() if job.status == "unknown"]:
+        _ask_accounting(record, lost)
+    return list(jobs.values())
+
+
+def _ask_accounting(record: Record, jobs: list[Job]) -> None:
+    """Let sacct say how jobs ended that left no word; on a cluster without accounting it says nothing."""
+    ids = ",".join(job.identity for job in jobs)
+    script = f"sacct --noheader --allocations --parsable2 -j {ids} -o JobID,State,ExitCode 2>/dev/null"
+    answer = records.ask(record, script).decode(errors="replace")
+    rows = dict(line.split("|", 1) for line in answer.splitlines() if "|" in line)
+    for job in jobs:
+        job.detail = "Slurm does not know the job any more, and it left no word"
+        if job.identity in rows:
+            name, _, code = rows[job.identity].partition("|")
+            name = name.split()[0]  # CANCELLED by 1000
+            job.status, job.detail = _ENDED.get(name, "failed"), name
+            job.code = int(code.split(":")[0]) or None
+
+
+def _by_code(identity: str, code: int, state_then: str) -> Job:
+    if code == 0:
+        return Job(identity, "finished", "", 0)
+    if state_then == "COMPLETING:TimeLimit":
+        return Job(identity, "stopped", "at its time limit", code)
+    if state_then.startswith("COMPLETING:"):  # while it was running: somebody's scancel
+        return Job(identity, "cancelled", "", code)
+    if code in _STOPPED:
+        return Job(identity, "stopped", "after saving", code)
+    return Job(identity, "failed", f"exit code {code}", code)
+
+
+def _local(record: Record, job: Job) -> Job:
+    assert record.process
+    if record.machine != socket.gethostname():
+        return Job(job.identity, "unknown", f"it was started on {record.machine}")
+    pid, began = record.process
+    if process_start(pid) == began:
+        return Job(job.identity, "running", f"process {pid}")
+    if job.status == "unknown":
+        return Job(job.identity, "failed", "its process is gone without a word: killed, or the machine was")
+    return job
+
+
+def _container(record: Record, answer: str) -> Job:
+    identity = record.ids[0]
+    status, _, code = answer.strip().partition(" ")
+    if not status:
+        return Job(identity, "unknown", f"{record.command} does not know the container any more")
+    if status in ("created", "running", "paused", "restarting"):
+        return Job(identity, "running", f"container {identity}")
+    return _by_code(identity, int(code), "")
+
+
+def _summary(jobs: list[Job]) -> tuple[Status, str]:
+    """How a run of several jobs stands: what goes on, else what the last that did anything came to."""
+    for status in ("running", "queued"):
+        for job in jobs:
+            if job.status == status:
+                return status, job.detail
+    for status in ("failed", "cancelled", "unknown"):
+        for job in jobs:
+            if job.status == status:
+                return status, job.detail
+    return jobs[-1].status, jobs[-1].detail
+
+
+def _progress(answer: dict[str, str]) -> tuple[int | None, int | None, float | None, dict[str, float]]:
+    step, loss, validation = None, None, {}
+    for entry in _entries(answer["metrics"]):
+        step = entry.get("step", step)
+        loss = entry.get("loss", loss)
+        for name in [key.removesuffix("_bits_per_byte") for key in entry if key.endswith("_bits_per_byte")]:
+            validation[name] = entry[f"{name}_loss"]
+    return step, _steps(answer["settings"]), loss, validation
+
+
+def _entries(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the first one is cut, the last one may be half written
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _steps(text: str) -> int | None:
+    try:
+        return settings_file.from_dict(json.loads(text), settings_file.FILE_NAME).trainer.steps
+    except (ValueError, TypeError, ConfigError):
+        return None
+
+
+def _last_lines(log: str) -> list[str]:
+    """The last lines of the rank that failed, else of the log."""
+    # What srun and the script say when a rank has failed is about the others.
+    after = ("srun: ", "job exited with code ", "== ")
+    lines = [line for line in log.rstrip().splitlines() if not line.startswith(after)]
+    for number, line in enumerate(lines):
+        if line.startswith(("the last lines of rank ", "rank ")) and ("failed:" in line or line.startswith("the last")):
+            return lines[number : number + 2 * _LAST_LINES]
+    return lines[-_LAST_LINES:]
+
+
+def _unrecorded(folder: Path) -> State:
+    """A run that was not started through `launch`: what its files say."""
+    metrics = folder / run_folder.METRICS_FILE
+    settings = folder / settings_file.FILE_NAME
+    answer = {
+        "metrics": metrics.read_text()[-20000:] if metrics.is_file() else "",
+        "settings": settings.read_text() if settings.is_file() else "",
+    }
+    return State(folder.name, "", "unknown", "it is not known how it was started", [], *_progress(answer))

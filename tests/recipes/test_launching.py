@@ -1,0 +1,256 @@
+"""Starting recipes: what is printed, what is refused, what is remembered of a run on this machine."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hybrid.errors import ConfigError, UserError
+from recipes import apply, launch, local, processes, records, slurm, sweeps, tiny, watching
+from recipes.executors import Local, seconds
+from recipes.files import read_recipe
+from recipes.settle import settle
+
+SMALL = ["model.hidden_size=32", "trainer.global_batch_size=8", "trainer.micro_batch_size=2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "HYBRID_JOB"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def problems(error: pytest.ExceptionInfo[ConfigError]) -> dict[str, str]:
+    return {problem.place: problem.message for problem in error.value.problems}
+
+
+def test_a_dry_run_prints_a_command_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = apply(tiny(), [*SMALL, "plugins=[triton_cache(/tmp/t)]"])
+    assert launch(recipe, local(2, env={"GREETING": "it's me"}), dry_run=True) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["TRITON_CACHE_DIR=/tmp/t", "GREETING=it's me", sys.executable]
+    assert words[3:] == [
+        *("-m", "recipes.torchrun", "runs/tiny/logs", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "recipes.worker", "runs/tiny/recipe.yaml"),
+    ]
+    assert list(here.iterdir()) == []
+
+
+def test_all_that_is_wrong_with_recipe_and_executor_is_said_at_once() -> None:
+    recipe = apply(tiny(), ["trainer.global_batch_size=7"])
+    with pytest.raises(ConfigError) as error:
+        launch(recipe, slurm(time="soon", nodes=0, env={"1x": ""}, mounts=["/x"], gpu="h1000"), dry_run=True)
+    assert set(problems(error)) == {
+        *("executor.time", "executor.nodes", "executor.env", "executor.mounts", "executor.gpu")
+    }
+    with pytest.raises(ConfigError) as error:
+        launch(recipe, slurm(container="nvcr.io#nvidia/pytorch", mounts=["/usr"]), dry_run=True)
+    assert set(problems(error)) - {"executor"} == {"trainer.global_batch_size", "folder"}  # sbatch may be lacking
+    assert "add executor.mounts+=" in problems(error)["folder"]
+
+
+def test_this_machine_is_no_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/sbin:/bin")
+    monkeypatch.setattr("recipes.records.shell", records.shell)
+    with pytest.raises(ConfigError) as error:
+        launch(tiny(), slurm(container="/no/image.sqsh", mounts=["/no/folder", os.getcwd()]))
+    found = problems(error)
+    assert found["executor.mounts"] == "there is no '/no/folder' on this machine"
+    assert found["executor.container"] == "there is no image '/no/image.sqsh' on this machine"
+
+
+def test_ssh_that_is_refused_is_said_in_its_own_words() -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1: .*Connection refused"):
+        launch(tiny(), slurm(ssh="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("text", ["a/../../b", "x y", "tiny\n", "100%"])
+def test_names_that_a_slurm_job_cannot_have_are_refused(text: str) -> None:
+    recipe = tiny()
+    recipe.folder = f"runs/{text}" if "/" not in text else "runs"
+    recipe.name = "tiny" if "/" not in text else text
+    with pytest.raises(ConfigError):
+        launch(recipe, slurm(), dry_run=True)
+
+
+def test_what_a_job_runs_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nemo-run's jobs import the user's script again, and one without a main guard submits itself for ever."""
+    monkeypatch.setenv("HYBRID_JOB", "tiny_1")
+    with pytest.raises(ConfigError, match="main guard"):
+        launch(tiny())
+
+
+def test_a_chain_is_for_slurm() -> None:
+    with pytest.raises(ConfigError, match="chains jobs of a Slurm cluster"):
+        launch(tiny(), repeat=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:30:00", 5400),
+        ("2-12", 60 * 3600),
+        ("2-12:30", 60 * 3600 + 1800),
+        ("1-00:00:01", 86401),
+        ("soon", None),
+        ("1:2:3:4", None),
+        ("UNLIMITED", None),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, expected: int | None) -> None:
+    assert seconds(text) == expected
+
+
+class TestRunsOnThisMachine:
+    """A stand-in for a run: processes that a record tells of."""
+
+    def start(self, here: Path, script: str) -> Path:
+        run = here / "runs" / "toy"
+        run.mkdir(parents=True)
+        processes._detach([sys.executable, "-c", script], dict(os.environ), run)
+        return run
+
+    def ended(self, run: Path) -> watching.State:
+        for _ in range(200):
+            if (state := watching.state(run)).status != "running":
+                return state
+            time.sleep(0.05)
+        raise AssertionError("it did not end")
+
+    def test_a_run_that_ends_well(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        run = self.start(here, "print('hello')")
+        assert watching.follow(run) == 0
+        assert capsys.readouterr().out.endswith("hello\n")
+        assert (self.ended(run).status, watching.log(run)) == ("finished", "hello\n")
+
+    def test_a_run_that_fails_leaves_its_code_and_last_lines(self, here: Path) -> None:
+        run = self.start(here, "print('a\\nrank 0 failed:\\nwhy'); raise SystemExit(3)")
+        state = self.ended(run)
+        assert (state.status, state.code, state.detail) == ("failed", 3, "exit code 3")
+        assert state.last_lines == ["rank 0 failed:", "why"]
+        assert watching.follow(run) == 3
+
+    def test_a_run_that_is_cancelled(self, here: Path) -> None:
+        run = self.start(here, "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(143))\ntime.sleep(60)")
+        time.sleep(0.5)
+        with pytest.raises(ConfigError, match="is running"):
+            launch(apply(tiny(), ["name=toy"]))
+        assert "saves and stops" in watching.cancel(run)
+        assert (self.ended(run).status, self.ended(run).detail) == ("stopped", "after saving")
+        with pytest.raises(UserError, match="toy is not running"):
+            watching.cancel(run)
+
+    def test_a_run_that_is_killed(self, here: Path) -> None:
+        run = self.start(here, "import time; time.sleep(60)")
+        record = records.read(run)
+        assert record and record.process
+        os.killpg(record.process[0], signal.SIGKILL)
+        assert "gone without a word" in self.ended(run).detail
+
+    def test_the_id_of_a_process_is_not_enough(self, here: Path) -> None:
+        run = self.start(here, "pass")
+        self.ended(run)
+        (run / "logs" / "exit_local").unlink()
+        record = records.read(run)
+        assert record
+        record.process = (os.getpid(), 1)
+        records.write(record, run)
+        assert watching.state(run).status == "failed"
+
+
+def test_a_name_that_is_no_run_is_answered_with_those_there_are(here: Path) -> None:
+    (here / "runs" / "small").mkdir(parents=True)
+    (here / "runs" / "small" / "settings.json").write_text("{}")
+    with pytest.raises(ConfigError) as error:
+        records.find("smal")
+    assert "did you mean small?" in str(error.value)
+    assert records.find("small") == Path("runs/small")
+    assert watching.state(Path("runs/small")).status == "unknown"
+
+
+def test_the_recipe_that_is_started_is_in_the_folder_of_the_run(here: Path) -> None:
+    from recipes.staging import write_recipe
+
+    recipe = settle(apply(tiny(), ["trainer.max_steps=3"]))
+    write_recipe(recipe, here / "runs" / "tiny")
+    longer = settle(apply(tiny(), ["trainer.max_steps=5"]))
+    write_recipe(longer, here / "runs" / "tiny")
+    assert read_recipe(here / "runs" / "tiny" / "recipe.yaml") == longer
+
+
+class TestSweeps:
+    def test_values_parted_by_commas_are_combined(self) -> None:
+        points = sweeps.expand(["model.layer_pattern=M-,M*", "optimizer.lr=1e-3, 2e-3", "data.split=[98,1,1]"])
+        assert [list(point.values.values()) for point in points] == [
+            ["M-", "1e-3"],
+            ["M-", "2e-3"],
+            ["M*", "1e-3"],
+            ["M*", "2e-3"],
+        ]
+        assert points[3].arguments == ["model.layer_pattern=M*", "optimizer.lr=2e-3", "data.split=[98,1,1]"]
+
+    @pytest.mark.parametrize("arguments", [[], ["optimizer.lr=1e-3"], ["optimizer.lr=1,,2"], ["name='a,b'"]])
+    def test_nothing_to_sweep_over_is_refused(self, arguments: list[str]) -> None:
+        with pytest.raises(ConfigError):
+            sweeps.expand(arguments)
+
+    def test_each_run_is_checked_before_any_starts(self) -> None:
+        points = sweeps.expand(["trainer.global_batch_size=8", "trainer.micro_batch_size=3,2,5"])
+        with pytest.raises(ConfigError) as error:
+            sweeps.launch_sweep(points, lambda words: apply(tiny(), words), Local(devices=1))
+        assert list(problems(error)) == ["tiny-1: trainer.global_batch_size", "tiny-3: trainer.global_batch_size"]
+
+    def test_the_table_marks_the_best(self) -> None:
+        rows = [
+            sweeps.Row("a-1", {"lr": "1"}, "finished", 6, 2.0, {"validation": 3.0}),
+            sweeps.Row("a-2", {"lr": "2"}, "finished", 6, 2.5, {"validation": 2.5}),
+            sweeps.Row("a-3", {"lr": "3"}, "queued"),
+        ]
+        assert sweeps.table(rows).splitlines() == [
+            "run  lr  state     step  loss    validation loss",
+            "a-1  1   finished  6     2.0000  3.0000",
+            "a-2  2   finished  6     2.5000  2.5000 *",
+            "a-3  3   queued",
+        ]
+
+    def test_a_dry_run_prints_each(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        points = sweeps.expand([*SMALL, "optimizer.lr=1e-3,2e-3"])
+        assert sweeps.launch_sweep(points, lambda words: apply(tiny(), words), Local(devices=1), dry_run=True) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert [line.rpartition(" ")[2] for line in out] == ["runs/tiny-1/recipe.yaml", "runs/tiny-2/recipe.yaml"]
+        assert list(here.iterdir()) == []
+
+
+def test_versions_that_differ_from_where_it_was_sent_are_named(tmp_path: Path) -> None:
+    from recipes import worker
+
+    path = tmp_path / worker.VERSIONS_FILE
+    path.write_text(json.dumps(worker.versions() | {"torch": "1.0", "mamba-ssm": "9"}))
+    assert list(worker.differing_versions(path)) == [
+        f"torch is {worker.versions()['torch']} here, and 1.0 where this run was sent from",
+        "mamba-ssm is none here, and 9 where this run was sent from",
+    ]
+
+
+def test_what_is_sent_is_the_code_as_it_stands(tmp_path: Path) -> None:
+    """nemo-run's packager leaves out what is not committed; here git is not asked."""
+    from recipes import staging
+
+    staging.stage(tmp_path, [settle(tiny())])
+    assert read_recipe(tmp_path / "recipe.yaml") == settle(tiny())
+    own = Path(staging.__file__)
+    assert (tmp_path / "code" / "recipes" / own.name).read_bytes() == own.read_bytes()
+    environment = {"PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
+    program = "import hybrid.config, recipes; print(hybrid.config.__file__, recipes.__file__)"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert all(path.startswith(str(tmp_path / "code")) for path in done.stdout.split())

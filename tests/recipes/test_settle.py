@@ -1,0 +1,116 @@
+"""An explicit layer pattern against number of layers and ratios: what is superseded, what contradicts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hybrid.config import ModelConfig, TrainerConfig
+from hybrid.errors import ConfigError
+from hybrid.run import pretrain
+from recipes import apply, config, hybrid_8b, partial, resolve, settings
+from recipes.launching import launch
+from recipes.settle import settle
+
+
+def small():
+    return partial(
+        pretrain,
+        name="small",
+        model=config(ModelConfig, layer_pattern="M-M*-M-M-", hidden_size=256, num_attention_heads=4),
+        trainer=config(TrainerConfig, max_steps=300, global_batch_size=8),
+    )
+
+
+def places(make: Callable[[], object]) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        make()
+    return [problem.place for problem in error.value.problems]
+
+
+def test_a_pattern_set_on_a_recipe_supersedes_its_ratios() -> None:
+    recipe = hybrid_8b()
+    recipe.model.layer_pattern = "M-M*-M-|M-M*-M-"
+    built = settings(recipe)
+    assert built.model.pattern.text == "M-M*-M-|M-M*-M-"
+    assert (built.model.num_layers, built.model.attention_ratio, built.model.mlp_ratio) == (None, None, None)
+    assert recipe.model.num_layers == 56, "the recipe itself stays as it was"
+
+
+def test_a_pattern_on_the_command_line_supersedes_the_recipes_ratios() -> None:
+    assert settings(apply(hybrid_8b(), ["model.layer_pattern=M-M*"])).model.num_layers is None
+
+
+def test_ratios_set_after_a_pattern_must_agree_with_it() -> None:
+    recipe = small()
+    recipe.model.num_layers = 9
+    recipe.model.mlp_ratio = 0.44  # 4 of 9, as in the pattern
+    assert settings(recipe).model.pattern.text == "M-M*-M-M-"
+    recipe.model.attention_ratio = 0.5
+    assert places(lambda: settings(recipe)) == ["model.attention_ratio"]
+    recipe.model.layer_pattern = None
+    assert settings(recipe).model.pattern.num_layers == 9
+
+
+def test_a_contradicting_override_says_how_to_drop_the_pattern() -> None:
+    with pytest.raises(ConfigError, match=r"set model\.layer_pattern=None"):
+        settings(apply(small(), ["model.attention_ratio=0.5"]))
+    with pytest.raises(ConfigError, match=r"set model\.layer_pattern=None"):
+        settings(apply(small(), ["model.num_layers=12"]))
+    changed = ["model.num_layers=12", "model.layer_pattern=None", "model.attention_ratio=0.25"]
+    assert settings(apply(small(), changed)).model.pattern.counts()["*"] == 3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_order_of_overrides_does_not_matter(order: int) -> None:
+    both = ["model.layer_pattern=M-M*", "model.num_layers=5"][::order]
+    assert places(lambda: settings(apply(hybrid_8b(), both))) == ["model.num_layers"]
+    both = ["model.layer_pattern=M-M*", "model.mlp_ratio=0.75"][::order]
+    assert places(lambda: settings(apply(hybrid_8b(), both))) == ["model.mlp_ratio"]
+
+
+def test_pattern_and_ratios_in_one_statement_must_agree() -> None:
+    recipe = small()
+    recipe.model = config(ModelConfig, num_layers=5, layer_pattern="M-M*")
+    assert places(lambda: settings(recipe)) == ["model.num_layers"]
+    recipe.model = config(ModelConfig, layer_pattern="M-M*", num_layers=5)
+    assert places(lambda: settings(recipe)) == ["model.num_layers"]
+
+
+def test_pattern_and_ratios_in_one_file_must_agree(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("name: a\nmodel:\n  num_layers: 5\n  layer_pattern: M-M*\n")
+    assert places(lambda: settings(resolve(f"@{file}"))) == ["model.num_layers"]
+
+
+def test_the_newer_of_steps_and_samples_counts() -> None:
+    built = settings(apply(hybrid_8b(), ["trainer.max_steps=10"]))
+    assert (built.trainer.steps, built.trainer.samples) == (10, 80)
+    built = settings(apply(small(), ["trainer.max_samples=80"]))
+    assert (built.trainer.steps, built.trainer.samples) == (10, 80)
+    recipe = small()
+    recipe.trainer = config(TrainerConfig, max_steps=10, max_samples=81)
+    assert places(lambda: settings(recipe)) == ["trainer.max_samples"]
+
+
+def test_every_value_of_a_wrong_type_is_named() -> None:
+    recipe = small()
+    recipe.model.hidden_size = "big"
+    recipe.model.activation = "gleu"
+    recipe.data = None
+    recipe.name = None
+    assert places(lambda: settle(recipe)) == ["data", "name", "model.hidden_size", "model.activation"]
+
+
+def test_a_section_that_a_recipe_leaves_out_has_its_defaults() -> None:
+    recipe = small()
+    del recipe.checkpoint
+    assert settings(recipe).checkpoint.keep_last == 3
+
+
+def test_what_is_launched_is_settled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launched = []
+    monkeypatch.setattr("recipes.processes.launch", lambda recipe, *rest, **named: launched.append(recipe) or 0)
+    recipe = apply(hybrid_8b(), ["model.layer_pattern=M-M*", "data=mock", f"folder={tmp_path}"])
+    assert launch(recipe) == 0
+    assert launched[0].model.num_layers is None, "the function that trains would call it a contradiction"
