@@ -1,0 +1,324 @@
+"""Opening, inspecting, comparing and converting checkpoints of any format.
+
+from converters import convert
+convert.open_checkpoint("runs/a").model            # what it is; no weights are read
+for name, tensor in convert.stream("hf:/data/m"):  # canonical name, torch.Tensor; one at a time
+    ...
+convert.convert("old/", "new/", to="hf")
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from converters import hf, layout, megatron, naming, output, torch_dist
+from converters.checkpoint import Checkpoint, Optimizer
+from converters.output import Progress, Report
+from converters.streams import Reader
+from converters.tensors import FLOATS, Tensor, cast, cat, narrow, zeros
+from converters.torchfile import Files
+from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.training import folder as run_folder
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS: dict[str, ModuleType] = {"torch_dist": torch_dist, "megatron": megatron, "hf": hf}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion wrote."""
+
+    path: Path
+    format: str
+    files: int
+    nbytes: int
+    progress: Progress | None
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.format}, {self.files} files, {self.progress}"
+
+
+def open_checkpoint(
+    reference: str | Path, overrides: Mapping[str, Any] | None = None, allow: Iterable[str] = ()
+) -> Checkpoint:
+    """Open a checkpoint: a folder or file of any format, a run's folder or name, or FORMAT:PATH.
+
+    The format is found by looking. `overrides` are fields of ModelConfig that win over what the checkpoint says;
+    `allow` are names that pickles may hold beyond those known. Reads headers only. Raises ConfigError if there is
+    nothing or nothing known there, UserError or ConfigError for what is damaged or contradictory.
+    """
+    known = dict(overrides or {})
+    stated, path = _reference(reference)
+    for name, module in FORMATS.items():
+        if stated in (None, name) and module.find(path) is not None:
+            return module.read(path, known, list(allow))
+    if stated is None and (not path.exists() or (path / run_folder.CHECKPOINTS).is_dir()):
+        return torch_dist.read(run_folder.find_checkpoint(str(reference)), known, list(allow))
+    raise ConfigError(Problem(str(reference), _nothing(path, stated)))
+
+
+def stream(
+    source: str | Path | Checkpoint, overrides: Mapping[str, Any] | None = None, allow: Iterable[str] = ()
+) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The logical tensors of a checkpoint as (canonical name, tensor), one in memory at a time."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, overrides, allow)
+    with Reader() as reader:
+        for name, tensor in checkpoint.tensors.items():
+            yield name, reader.tensor(tensor)
+
+
+def rank_state(
+    source: str | Path | Checkpoint,
+    tensor: tuple[int, int] = (0, 1),
+    pipeline: tuple[int, int] = (0, 1),
+    expert: tuple[int, int] = (0, 1),
+    layer_pattern: str | None = None,
+    fused_norms: bool = True,
+) -> list[dict[str, "torch.Tensor"]]:
+    """What one rank's model loads with `load_state_dict`: per virtual stage, name of the live parameter -> tensor.
+
+    `tensor`, `pipeline` and `expert` are (rank, size). Only this rank's part is read. `layer_pattern` says where the
+    stages end; `fused_norms` as in `megatron.plan`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint.require_complete()
+    sizes = {"tensor": tensor[1], "pipeline": pipeline[1], "expert": expert[1]}
+    target = layout.target(checkpoint.model, **sizes, cut=layer_pattern)
+    shards = layout.shards(checkpoint.tensors, checkpoint.model, target)
+    with Reader() as reader:
+        return [
+            {
+                megatron.live_name(name, checkpoint.model, fused_norms): reader.tensor(part)
+                for name, part in megatron.live_order(shards[tensor[0], segment, expert[0]], fused_norms).items()
+            }
+            for segment in target.segments(pipeline[0])
+        ]
+
+
+def as_torch_dist(
+    reference: str | Path,
+    cache: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+) -> Path:
+    """The folder from which training and generation load a checkpoint of any format.
+
+    A distributed checkpoint is its own; another is converted once into a folder under `cache`, which is named after the
+    files it came from. Not to be called by several processes for one checkpoint at a time. Raises as `convert` does.
+    """
+    checkpoint = open_checkpoint(reference, overrides)
+    if checkpoint.format == "torch_dist":
+        return checkpoint.path
+    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
+    stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    mark = hashlib.sha256(repr((stated, checkpoint.model)).encode()).hexdigest()[:12]
+    destination = Path(cache) / f"{checkpoint.path.resolve().name}-{mark}"
+    if torch_dist.find(destination) is None:
+        convert(checkpoint, destination, "torch_dist", report=report)
+    found = torch_dist.find(destination)
+    assert found is not None
+    return found
+
+
+def convert(
+    source: str | Path | Checkpoint,
+    destination: str | Path,
+    to: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    layer_pattern: str | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    drop_mtp: bool = False,
+    fused_norms: bool = True,
+    optimizer: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    allow: Iterable[str] = (),
+    verify: bool = False,
+    report: Report | None = None,
+) -> Result:
+    """Write a checkpoint in another format or layout. The destination must not exist; it appears whole or not at all.
+
+    `to` is a key of FORMATS. `tensor`, `pipeline` and `expert` are parallel sizes; `layer_pattern` is the model's own
+    with '|' where pipeline stages are to end (default: stages of about equal size). `family` is one of
+    `hf_families.FAMILIES`. `dtype` is a number format for all but parameters that need float32 (`naming.FLOAT32`).
+    `fused_norms` as in `megatron.plan`. `optimizer` carries the optimizer's state over, where both formats have one.
+    `verify` reads everything back. Raises UserError and ConfigError as `open_checkpoint`, and for a target that the
+    model cannot take, an existing destination, a disk without room.
+    """
+    path = Path(destination)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, overrides, allow)
+    _refuse_into_source(checkpoint, path)
+    files = planned(
+        checkpoint,
+        to,
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert,
+        layer_pattern=layer_pattern,
+        family=family,
+        dtype=dtype,
+        drop_mtp=drop_mtp,
+        fused_norms=fused_norms,
+        optimizer=optimizer,
+    )
+    total = output.total_bytes(files)
+    last: list[Progress] = []
+
+    def keep(progress: Progress) -> None:
+        last[:] = [progress]
+        if report:
+            report(progress)
+
+    with output.replacing(path, total) as part:
+        output.write(part, files, keep)
+        if verify and (different := output.differences(part, files)):
+            raise UserError(f"{', '.join(different)} read back differently than written; {path} was not kept")
+    return Result(path, to, len(files), total, last[0] if last else None)
+
+
+def planned(
+    checkpoint: Checkpoint,
+    to: str,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    layer_pattern: str | None = None,
+    family: str | None = None,
+    dtype: str | None = None,
+    drop_mtp: bool = False,
+    fused_norms: bool = True,
+    optimizer: bool = False,
+) -> Files:
+    """The files that `convert` writes, planned; nothing is read or written but headers."""
+    if to not in FORMATS:
+        raise ConfigError(Problem("--to", f"is '{to}', which is not one of {', '.join(FORMATS)}"))
+    if to == "hf" and (tensor, pipeline, expert) != (1, 1, 1):
+        raise ConfigError(Problem("--to", "hf has no parallel layout; leave the parallel sizes out"))
+    checkpoint.require_complete()
+    state = _optimizer(checkpoint, to) if optimizer else None
+    if drop_mtp:
+        checkpoint = _without_mtp(checkpoint)
+    checkpoint = _with_dtype(checkpoint, dtype)
+    if to == "hf" and checkpoint.unexpressed:
+        raise ConfigError(
+            Problem(str(checkpoint.path), f"has {', '.join(checkpoint.unexpressed)}, which no family of hf has")
+        )
+    if to == "hf":
+        return hf.plan(with_rows(checkpoint, checkpoint.model.vocab_size, 1), family)
+    checkpoint = _padded(checkpoint, to, tensor)
+    if state is not None:
+        rows = checkpoint.model.padded_vocab_size
+        kept = {
+            slot: {name: t for name, t in of.items() if name in checkpoint.tensors} for slot, of in state.slots.items()
+        }
+        state = replace(state, slots={slot: _with_vocabulary(of, rows) for slot, of in kept.items()})
+    target = layout.target(checkpoint.model, tensor, pipeline, expert, layer_pattern)
+    if to == "torch_dist":
+        return torch_dist.plan(checkpoint, target, state)
+    return megatron.plan(checkpoint, target, fused_norms, state)
+
+
+def with_rows(checkpoint: Checkpoint, vocab_size: int, multiple: int) -> Checkpoint:
+    """The checkpoint with its vocabulary cut or padded with zeros to a multiple of `multiple` rows."""
+    model = replace(checkpoint.model, vocab_size=vocab_size, vocab_size_multiple=multiple)
+    return replace(checkpoint, model=model, tensors=_with_vocabulary(checkpoint.tensors, model.padded_vocab_size))
+
+
+def _padded(checkpoint: Checkpoint, to: str, tensor: int) -> Checkpoint:
+    """With the rows that the target needs: for a legacy layout Megatron's rule, which depends on the tensor parallel
+    size; elsewhere as many as there are, unless the ranks cannot share them."""
+    model = checkpoint.model
+    divisor = checkpoint.args.get("make_vocab_size_divisible_by")
+    if checkpoint.settings is not None or not isinstance(divisor, int):
+        # A checkpoint of ours, or of Hugging Face, whose rows say how they were padded; Megatron's own rule is 128.
+        divisor = model.vocab_size_multiple if checkpoint.settings else min(128, model.vocab_size_multiple)
+    if to == "megatron":
+        return with_rows(checkpoint, model.vocab_size, divisor * tensor)
+    padded = with_rows(checkpoint, model.vocab_size, divisor)
+    fits = padded.model.padded_vocab_size % tensor == 0
+    return padded if fits else with_rows(padded, model.vocab_size, divisor * tensor)
+
+
+def _with_vocabulary(tensors: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    both = (naming.EMBEDDING, naming.OUTPUT)
+    return {name: _resized(tensor, rows) if name in both else tensor for name, tensor in tensors.items()}
+
+
+def _optimizer(checkpoint: Checkpoint, to: str) -> Optimizer:
+    if to == "hf":
+        raise ConfigError(Problem("--optimizer", "hf has no place for the optimizer's state; leave it out"))
+    if checkpoint.optimizer is None:
+        raise ConfigError(Problem("--optimizer", f"{checkpoint.path} has no optimizer state"))
+    state = checkpoint.optimizer()
+    weights = {name for name in checkpoint.tensors if not name.endswith("mlp.router.expert_bias")}
+    for slot, tensors in state.slots.items():
+        if missing := sorted(weights - tensors.keys()):
+            raise UserError(f"{checkpoint.path}: the optimizer state lacks {slot} of {missing[0]}")
+    return state
+
+
+def _resized(tensor: Tensor, rows: int) -> Tensor:
+    have = tensor.shape[0]
+    if rows <= have:
+        return narrow(tensor, 0, 0, rows)
+    return cat([tensor, zeros((rows - have, *tensor.shape[1:]), tensor.dtype)], 0)
+
+
+def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
+    if dtype is None:
+        return checkpoint
+    if dtype not in FLOATS:
+        raise ConfigError(Problem("--dtype", f"is '{dtype}', which is not one of {', '.join(FLOATS)}"))
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        keep = tensor.dtype not in FLOATS or (
+            tensor.dtype == "float32" and dtype in ("bfloat16", "float16") and naming.FLOAT32.search(name)
+        )
+        return tensor if keep else cast(tensor, dtype)
+
+    return replace(checkpoint, tensors={name: changed(name, tensor) for name, tensor in checkpoint.tensors.items()})
+
+
+def _without_mtp(checkpoint: Checkpoint) -> Checkpoint:
+    model = replace(checkpoint.model, layer_pattern=str(checkpoint.model.pattern).split("/")[0])
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith("mtp.")}
+    return replace(checkpoint, model=model, tensors=tensors)
+
+
+def _reference(reference: str | Path) -> tuple[str | None, Path]:
+    """The format that FORMAT:PATH states, if it does, and the path."""
+    text = str(reference)
+    name, colon, rest = text.partition(":")
+    if colon and name in FORMATS and rest:
+        return name, Path(rest)
+    return None, Path(text)
+
+
+def _nothing(path: Path, stated: str | None) -> str:
+    if stated:
+        return f"is no checkpoint of the format {stated}"
+    if not path.exists():
+        return "does not exist"
+    names = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else [path.name]
+    inside = f"it holds {', '.join(names)}" if names else "it is empty"
+    return (
+        "is no checkpoint: neither mp_rank folders (megatron), nor .metadata (torch_dist), nor config.json with "
+        f"weights (hf); {inside}"
+    )
+
+
+def _refuse_into_source(checkpoint: Checkpoint, destination: Path) -> None:
+    source, target = checkpoint.path.resolve(), destination.resolve()
+    if (source.parent / megatron.TRACKER).is_file():
+        source = source.parent
+    if target == source or source in target.parents:
+        raise ConfigError(Problem(str(destination), f"lies in the source {source}, into which nothing is written"))

@@ -1,0 +1,242 @@
+"""What people have: missing, damaged and contradictory files; a full disk. One sentence each, and nothing is lost."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from converters import convert, output
+from hybrid.errors import ConfigError, UserError
+
+Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
+Error = (UserError, ConfigError)
+
+
+@pytest.fixture
+def sharded(saved: Saved, tmp_path: Path) -> Path:
+    """A legacy checkpoint over 2 x 2 ranks."""
+    convert.convert(saved("hybrid")[0], tmp_path / "sharded", "megatron", tensor=2, pipeline=2)
+    return tmp_path / "sharded"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+
+
+def rank(folder: Path, name: str) -> Path:
+    return folder / "iter_0000100" / name / "model_optim_rng.pt"
+
+
+def test_a_missing_rank(sharded: Path) -> None:
+    shutil.rmtree(rank(sharded, "mp_rank_01_001").parent)
+    with pytest.raises(UserError, match=r"lacks mp_rank_01_001 of a checkpoint that is tensor 2 x pipeline 2"):
+        convert.open_checkpoint(sharded)
+
+
+def test_the_last_ranks_are_missed_by_the_arguments(sharded: Path) -> None:
+    for name in ("mp_rank_01_000", "mp_rank_01_001"):
+        shutil.rmtree(rank(sharded, name).parent)
+    with pytest.raises(UserError, match=r"lacks mp_rank_01_000, mp_rank_01_001"):
+        convert.open_checkpoint(sharded)
+
+
+def test_a_rank_folder_without_its_file(sharded: Path) -> None:
+    rank(sharded, "mp_rank_01_001").unlink()
+    with pytest.raises(UserError, match=r"mp_rank_01_001/model_optim_rng.pt is missing"):
+        convert.open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("left", [0, 1000, -3000])
+def test_a_truncated_file(sharded: Path, left: int) -> None:
+    path = rank(sharded, "mp_rank_01_000")
+    os.truncate(path, left if left >= 0 else path.stat().st_size + left)
+    with pytest.raises(UserError, match=r"mp_rank_01_000/model_optim_rng.pt is (truncated|not a file of torch.save)"):
+        convert.open_checkpoint(sharded)
+
+
+def test_ranks_that_disagree(sharded: Path) -> None:
+    def shorten(content: dict[str, Any]) -> None:
+        content["model"]["decoder.layers.0.mixer.D"] = torch.zeros(4, dtype=torch.bfloat16)
+
+    edit(rank(sharded, "mp_rank_01_000"), shorten)
+    with pytest.raises(UserError, match=r"disagree: decoder.layers.0.mixer.D is \[4\] bfloat16 in one, \[8\]"):
+        convert.open_checkpoint(sharded)
+    edit(rank(sharded, "mp_rank_01_000"), lambda content: content["model"].pop("decoder.layers.0.mixer.D"))
+    with pytest.raises(UserError, match=r"disagree: only one of them has decoder.layers.0.mixer.D"):
+        convert.open_checkpoint(sharded)
+
+
+def test_ranks_of_different_iterations(sharded: Path) -> None:
+    edit(rank(sharded, "mp_rank_00_001"), lambda content: content.update(iteration=99))
+    with pytest.raises(UserError, match=r"different iterations: (99, 100|100, 99)"):
+        convert.open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 64}, r"model.hidden_size: is said to be 64, but the tensors are of 32"),
+        (
+            {"num_attention_heads": 4, "kv_channels": 16},
+            r"model.num_query_groups: is said to be 2, but the tensors are of 1",
+        ),
+        ({"hybrid_layer_pattern": "M-M-*"}, r"is said to be 'M-M-\*', but the tensors are of 'M-M\*-'"),
+        ({"mamba_state_dim": 3}, r"model.mamba_state_dim: is said to be 3, but mixer.conv1d.weight has 32 rows for B"),
+    ],
+)
+def test_a_shape_that_contradicts_the_arguments(
+    tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any, changes: dict[str, Any], message: str
+) -> None:
+    model = make_model("hybrid")
+    source = make_legacy(tmp_path / "source", model, make_weights(model), **changes)
+    with pytest.raises(ConfigError, match=message):
+        convert.open_checkpoint(source)
+
+
+def test_arguments_that_say_nothing(tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any) -> None:
+    """Shapes tell the most; what they leave open is assumed, said to be, and can be stated."""
+    model = make_model("hybrid", mamba_state_dim=128, hidden_size=64)
+    source = make_legacy(tmp_path / "source", model, make_weights(model))
+    edit(source / "iter_0000100/mp_rank_00/model_optim_rng.pt", lambda content: content.pop("args"))
+    opened = convert.open_checkpoint(source)
+    assert opened.model.layer_pattern == "M-M*-" and opened.model.mamba_num_groups == 8
+    assert [note.split("=")[0] for note in opened.assumed] == ["mamba_state_dim", "attention_head_dim", "activation"]
+    stated = convert.open_checkpoint(source, {"attention_head_dim": 8, "activation": "squared_relu"})
+    assert stated.model.num_attention_heads == 8 and len(stated.assumed) == 1
+
+
+def test_an_unknown_tensor_is_named_with_the_nearest(
+    tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any
+) -> None:
+    model = make_model("hybrid")
+    weights = make_weights(model) | {"decoder.layers.0.mixer.A_logg": torch.zeros(3)}
+    source = make_legacy(tmp_path / "source", model, weights)
+    opened = convert.open_checkpoint(source)
+    assert list(opened.unknown) == ["decoder.layers.0.mixer.A_logg"]
+    with pytest.raises(UserError, match=r"A_logg is unknown, the nearest known is decoder.layers.0.mixer.A_log"):
+        convert.convert(opened, tmp_path / "out", "megatron")
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any) -> None:
+    model = make_model("hybrid")
+    weights = make_weights(model)
+    del weights["decoder.layers.2.mixer.D"]
+    source = make_legacy(tmp_path / "source", model, weights)
+    with pytest.raises(UserError, match=r"decoder.layers.2.mixer.D is missing"):
+        convert.convert(source, tmp_path / "out", "megatron")
+
+
+@pytest.mark.parametrize("name", ["self_attention.linear_q_proj.weight", "self_attention.A_log"])
+def test_a_layer_of_another_kind(
+    tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any, name: str
+) -> None:
+    model = make_model("hybrid")
+    weights = make_weights(model) | {f"decoder.layers.5.{name}": torch.zeros(3)}
+    source = make_legacy(tmp_path / "source", model, weights)
+    with pytest.raises(UserError, match=r"decoder.layers.5 is (latent|a gated).*know Mamba, attention, MLP and MoE"):
+        convert.open_checkpoint(source)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is neither a run nor a checkpoint"):
+        convert.open_checkpoint(tmp_path / "nothing")
+    (tmp_path / "readme").write_text("hello")
+    with pytest.raises(ConfigError, match=r"is no checkpoint: .*it holds readme"):
+        convert.open_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="is no checkpoint of the format hf"):
+        convert.open_checkpoint(f"hf:{tmp_path}")
+
+
+def test_a_tracker_that_lies(sharded: Path) -> None:
+    (sharded / "latest_checkpointed_iteration.txt").write_text("200")
+    with pytest.raises(UserError, match=r"says '200', but there is no folder .*iter_0000200"):
+        convert.open_checkpoint(sharded)
+
+
+def test_the_destination_exists(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    convert.convert(sharded, tmp_path / "out", "megatron")  # an empty folder is taken
+    before = sorted((tmp_path / "out").rglob("*"))
+    with pytest.raises(UserError, match="exists already"):
+        convert.convert(sharded, tmp_path / "out", "hf")
+    assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_disk_that_is_too_small(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        output.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and type("D", (), {"free": 10})
+    )
+    with pytest.raises(UserError, match=r"needs 0.00 GB, but the disk .* has 0.00 GB left"):
+        convert.convert(sharded, tmp_path / "out", "megatron")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_full_half_way(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, real = 0, os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 20_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"the disk is full; .*out was not written, nothing was left behind"):
+        convert.convert(sharded, tmp_path / "out", "megatron")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_interruption_leaves_nothing(sharded: Path, tmp_path: Path) -> None:
+    def interrupt(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(sharded, tmp_path / "out", "megatron", report=interrupt)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_verify_finds_what_did_not_reach_the_disk(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        return real(descriptor, bytes(len(data)) if len(data) > 2000 else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(UserError, match=r"model_optim_rng.pt read back differently than written; .* was not kept"):
+        convert.convert(sharded, tmp_path / "out", "megatron", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_dist_file_is_missing_or_truncated(saved: Saved, tmp_path: Path) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "torch_dist", tensor=2)
+    path = tmp_path / "a/iter_0000100/__1_0.distcp"
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(UserError, match=r"__1_0.distcp is truncated"):
+        convert.open_checkpoint(tmp_path / "a")
+    path.unlink()
+    with pytest.raises(UserError, match=r"__1_0.distcp is missing"):
+        convert.open_checkpoint(tmp_path / "a")
+
+
+def test_hf_files_that_do_not_fit(saved: Saved, tmp_path: Path) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    weights = tmp_path / "a/model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 10)
+    with pytest.raises(UserError, match=r"model.safetensors is truncated"):
+        convert.open_checkpoint(tmp_path / "a")
+    weights.unlink()
+    (tmp_path / "a/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(UserError, match=r"model-1.safetensors is missing"):
+        convert.open_checkpoint(tmp_path / "a")

@@ -1,0 +1,242 @@
+"""Hugging Face models, there and back: against transformers' own classes, loaded strictly, weights and logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from converters import convert, hf, naming
+from hybrid.errors import ConfigError
+
+Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
+VOCABULARY = 130
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": 32}
+MAMBA = {"chunk_size": 16, "n_groups": 2}
+NEMOTRON = {
+    **COMMON, **MAMBA, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48,
+    "ssm_state_size": 8, "mamba_num_heads": 6, "mamba_head_dim": 8, "n_routed_experts": 4, "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40, "num_experts_per_tok": 2,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    # name: class, config class, config, layer pattern
+    "nemotron_h": (
+        "NemotronHForCausalLM", "NemotronHConfig",
+        {**NEMOTRON, "layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention", "mlp"]},
+        "M-*M-",
+    ),
+    "nemotron_h moe": (
+        "NemotronHForCausalLM", "NemotronHConfig",
+        {**NEMOTRON, "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]}, "ME*E",
+    ),
+    "mamba2": (
+        "Mamba2ForCausalLM", "Mamba2Config",
+        {**COMMON, **MAMBA, "num_hidden_layers": 3, "num_heads": 8, "head_dim": 8, "state_size": 16}, "MMM",
+    ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", {**COMMON, "num_hidden_layers": 3, "state_size": 8}, "MMM"),
+    "bamba": (
+        "BambaForCausalLM", "BambaConfig",
+        {
+            **COMMON, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 8,
+            "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16,
+        },
+        "M-*-M-*-",
+    ),
+}  # fmt: skip
+TOKENS = torch.randint(0, VOCABULARY, (2, 37), generator=torch.Generator().manual_seed(1))
+
+
+def hf_model(name: str, **changes: Any) -> Any:
+    """A model of transformers with random weights that make every part of it count."""
+    model_class, config_class, config, _ = MODELS[name]
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**config, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, value in model.state_dict(keep_vars=True).items():
+            noise = torch.randn(value.shape, generator=generator)
+            if key.endswith("A_log"):
+                value.copy_(torch.log(1 + noise.abs() * 3))
+            elif "norm" in key:
+                value.copy_(1 + 0.3 * noise)
+            elif key.endswith(("dt_bias", ".D", "dt_proj.bias")):
+                value.copy_(noise)
+            else:
+                value.copy_(0.2 * noise)
+    return unclamped(model)
+
+
+def unclamped(model: Any) -> Any:
+    """transformers clamps NemotronH's time step to at least time_step_min (its issue 48989), the model does not."""
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (0.0, float("inf"))
+    return model.float().eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def load_strictly(name: str, folder: Path) -> Any:
+    """The model that transformers makes of a folder, which must have every tensor and no other."""
+    model_class = getattr(transformers, MODELS[name][0])
+    model, report = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(report[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", ["megatron", "torch_dist"])
+def test_from_transformers_and_back(tmp_path: Path, name: str, way: str) -> None:
+    model = hf_model(name)
+    model.save_pretrained(tmp_path / "a")
+    opened = convert.open_checkpoint(tmp_path / "a")
+    assert opened.model.layer_pattern == MODELS[name][3]
+    assert not (opened.missing or opened.unknown or opened.assumed)
+    layout = {"tensor": 1 if name == "bamba" else 2, "pipeline": 2} if way == "megatron" else {}
+    convert.convert(opened, tmp_path / "b", way, **layout)
+    convert.convert(tmp_path / "b", tmp_path / "c", "hf")
+    back = load_strictly(name, tmp_path / "c")
+    before = model.state_dict()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in back.state_dict().items())
+    # The same weights in the same class: only the padding of the vocabulary and the settings could tell them apart.
+    assert torch.equal(logits(back), logits(model))
+
+
+def test_config_of_nemotron_h_is_read_by_old_and_new_code(saved: Saved, tmp_path: Path) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config["hybrid_override_pattern"] == "M-M*-"
+    assert config["layers_block_type"] == ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
+    assert config["head_dim"] == config["attention_head_dim"] == 8
+    assert config["time_step_min"] == 0.0
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "a").layers_block_type == config["layers_block_type"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.mixer.D", "backbone.layers.0.mixer.D"],
+)
+def test_both_prefixes_of_nemotron_h(tmp_path: Path, name: str) -> None:
+    hf_model("nemotron_h moe").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    prefix = name.split(".")[0]
+    tensors = {key.replace("backbone.", f"{prefix}."): tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    assert name in tensors
+    assert not convert.open_checkpoint(tmp_path).missing
+
+
+def test_experts_stacked_in_memory_and_apart_on_disk(tmp_path: Path) -> None:
+    model = hf_model("nemotron_h moe")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "backbone.layers.1.mixer.experts"
+    apart = {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+    for projection in ("up_proj", "down_proj"):
+        stacked = torch.stack([apart[f"{prefix}.{expert}.{projection}.weight"] for expert in range(4)])
+        tensors[f"{prefix}.{projection}"] = stacked
+    save_file(tensors, path)
+    found = dict(convert.stream(tmp_path))
+    assert torch.equal(found["decoder.layers.1.mlp.experts.linear_fc1.weight2"], apart[f"{prefix}.2.up_proj.weight"])
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_state_spaces_layout(saved: Saved, tmp_path: Path, version: int) -> None:
+    source, weights = saved("mamba1" if version == 1 else "mamba2", tie_embeddings=True)
+    convert.convert(source, tmp_path / "a", "hf", family="state_spaces")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    assert config["ssm_cfg"]["layer"] == f"Mamba{version}" and config["n_layer"] == 4 and "model_type" not in config
+    names = load_file(tmp_path / "a/model.safetensors")
+    assert "backbone.embedding.weight" in names and "backbone.layers.3.norm.weight" in names
+    # As published: pytorch_model.bin, a config of few words, the output layer stored although it is tied.
+    (tmp_path / "b").mkdir()
+    state = {**names, "lm_head.weight": names["backbone.embedding.weight"]}
+    torch.save(state, tmp_path / "b/pytorch_model.bin")
+    few = {"d_model": 32, "n_layer": 4, "vocab_size": 250, "rms_norm": True, "tie_embeddings": True}
+    ssm = {} if version == 1 else {"layer": "Mamba2", "d_state": 4, "ngroups": 8}
+    (tmp_path / "b/config.json").write_text(json.dumps(few | {"ssm_cfg": ssm, "pad_vocab_size_multiple": 8}))
+    opened = convert.open_checkpoint(tmp_path / "b")
+    assert opened.family == "state_spaces" and not (opened.missing or opened.unknown)
+    back = dict(convert.stream(opened))
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name][:250], weights[name][:250]) for name in weights)
+
+
+def test_large_models_are_cut_into_shards_with_an_index(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+    source, weights = saved("hybrid")
+    convert.convert(source, tmp_path / "a", "hf", verify=True)
+    index = json.loads((tmp_path / "a/model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert len(files) > 2 and sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == sum(
+        t.nbytes for f in files for t in load_file(tmp_path / "a" / f).values()
+    )
+    assert dict(convert.stream(tmp_path / "a")).keys() == weights.keys()
+    load_strictly("nemotron_h", tmp_path / "a")
+
+
+def test_tied_embeddings(saved: Saved, tmp_path: Path) -> None:
+    """transformers' NemotronH ties nothing, so both are written; they are one again on the way back."""
+    source, weights = saved("tied")
+    convert.convert(source, tmp_path / "a", "hf", family="nemotron_h")
+    model = load_strictly("nemotron_h", tmp_path / "a")
+    assert torch.equal(model.lm_head.weight, weights[naming.EMBEDDING].float()[:250])
+    assert convert.open_checkpoint(tmp_path / "a").model.tie_embeddings
+
+
+def test_tokenizer_and_settings_of_generation_go_along(saved: Saved, tmp_path: Path) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    (tmp_path / "a/tokenizer.json").write_text("{}")
+    (tmp_path / "a/generation_config.json").write_text('{"temperature": 0.5}')
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps(config | {"eos_token_id": 11}))
+    convert.convert(tmp_path / "a", tmp_path / "b", "torch_dist")
+    convert.convert(tmp_path / "b", tmp_path / "c", "megatron")
+    convert.convert(tmp_path / "c", tmp_path / "d", "hf")
+    assert (tmp_path / "d/tokenizer.json").read_text() == "{}"
+    assert json.loads((tmp_path / "d/generation_config.json").read_text()) == {"temperature": 0.5}
+    assert json.loads((tmp_path / "d/config.json").read_text())["eos_token_id"] == 11
+
+
+@pytest.mark.parametrize("kind", sorted(hf.REFUSED))
+def test_models_the_pattern_cannot_express(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"is a {kind} model, which cannot be converted: [a-z]"):
+        convert.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "family", "reason"),
+    [
+        ("swiglu", {"add_linear_bias": False}, "nemotron_h", "its MLPs have no gate, these are SwiGLU"),
+        ("hybrid", {"position_embedding": "rope"}, "nemotron_h", "has no position embedding, this one has 'rope'"),
+        (
+            "moe",
+            {"moe_router_score": "softmax"},
+            "nemotron_h",
+            "its router scores with a sigmoid, this one with a softmax",
+        ),
+        ("hybrid", {}, "mamba2", "it has only 'M' layers, this model is 'M-M\\*-'"),
+        ("mamba1", {}, "mamba2", "its layers are Mamba-2, these are Mamba-1"),
+        ("swiglu", {}, "bamba", "its attention rotates half of each head"),
+        ("layernorm", {}, None, "its norms are RMSNorm, these are LayerNorm"),
+        ("mtp", {}, None, "multi-token prediction.*(\n.*)?--drop-mtp"),
+    ],
+)
+def test_models_a_family_cannot_hold(
+    make_model: Any, kind: str, changes: dict[str, Any], family: str | None, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        hf.choose(make_model(kind, **changes), family)
