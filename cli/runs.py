@@ -1,0 +1,94 @@
+"""Verbs about the runs so far."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from cli.describe import Json, print_json
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.")]
+Folder = Annotated[str, typer.Option("--folder", metavar="FOLDER", help="Folder of the runs.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these verbs to the command."""
+    app.command("runs")(runs)
+    app.command("status")(status)
+    app.command("logs")(logs)
+    app.command("cancel")(cancel)
+
+
+def runs(folder: Folder = "runs", as_json: Json = False) -> None:
+    """List the runs there are, the newest first, and how they stand."""
+    from recipes import records, sweeps, watching
+
+    states = [watching.state(path) for path in records.folders(folder) if not sweeps.is_sweep(path)]
+    if as_json:
+        print_json([asdict(state) for state in states])
+        return
+    if not states:
+        typer.echo(f"there are no runs in '{folder}' yet", err=True)
+        return
+    rows = [("run", "state", "step", "loss", "where", "")]
+    rows += [(it.name, it.status, _step(it), _loss(it), it.kind, it.detail) for it in states]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        typer.echo("  ".join([f"{row[column]:<{widths[column]}}" for column in range(5)] + [row[5]]).rstrip())
+
+
+def status(run: Run, folder: Folder = "runs", as_json: Json = False) -> None:
+    """Say how a run stands, and if it failed, the last lines of the rank that did."""
+    from recipes import records, sweeps, watching
+
+    path = records.find(run, folder)
+    if sweeps.is_sweep(path):
+        rows = sweeps.rows(path)
+        print_json([asdict(row) for row in rows]) if as_json else typer.echo(sweeps.table(rows))
+        return
+    state = watching.state(path)
+    if as_json:
+        print_json(asdict(state))
+        return
+    detail = f": {state.detail}" if state.detail else ""
+    typer.echo(f"{state.name} is {state.status}{detail}")
+    if state.step is not None:
+        typer.echo(f"step {_step(state)}, loss {_loss(state)}")
+    if len(state.jobs) > 1:
+        for job in state.jobs:
+            typer.echo(f"  job {job.identity}: {job.status}{f' ({job.detail})' if job.detail else ''}")
+    for line in state.last_lines:
+        typer.echo(f"  {line}")
+
+
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    folder: Folder = "runs",
+) -> None:
+    """Print what a run writes; with -f until it ends, with its exit code."""
+    from recipes import records, sweeps, watching
+
+    path = records.find(run, folder)
+    if follow:
+        raise typer.Exit(sweeps.follow(path) if sweeps.is_sweep(path) else watching.follow(path))
+    typer.echo(watching.log(path), nl=False)
+
+
+def cancel(run: Run, folder: Folder = "runs") -> None:
+    """Ask a run, or every run of a sweep, to save and stop."""
+    from recipes import records, sweeps, watching
+
+    path = records.find(run, folder)
+    for one in sweeps.under_way(path) if sweeps.is_sweep(path) else [path]:
+        typer.echo(watching.cancel(one))
+
+
+def _step(state: "object") -> str:
+    step, steps = getattr(state, "step", None), getattr(state, "steps", None)
+    return "" if step is None else f"{step}/{steps}" if steps else str(step)
+
+
+def _loss(state: "object") -> str:
+    loss = getattr(state, "loss", None)
+    return "" if loss is None else f"{loss:.4f}"
