@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hybrid.quiet  # noqa: F401
+
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
