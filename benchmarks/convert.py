@@ -1,6 +1,7 @@
 """`hybrid convert` against `cp` of the same bytes on the same disk, and against Megatron-LM's hybrid_conversion.py.
 
-    python benchmarks/convert.py [--folder DIR] [--layers N] [--runs N] [--optimizer-layers N] [--upstream SCRIPT]
+    python benchmarks/convert.py [--folder DIR] [--layers N] [--runs N] [--optimizer-layers N]
+                                 [--upstream SCRIPT --upstream-layers N]
 
 Makes a legacy checkpoint of one rank in the shape of the 8B hybrid (256,000 tokens, hidden size 4096; all 56 layers are
 17.3 GB in bfloat16) under DIR, then measures: `cp -r` and sync; conversion to tensor parallel 4 x pipeline parallel 2,
@@ -10,7 +11,8 @@ benchmarks/convert.md. DIR needs room for about four times the checkpoint.
 
 SCRIPT is tools/checkpoint/hybrid_conversion.py of a checkout of NVIDIA/Megatron-LM. It does not run as it is: torch 2.6
 and later refuse to load its input, so it is given a torch.load that does not. It reads the names of 2024 alone, so the
-checkpoint has those.
+checkpoint has those. It holds the model in memory and writes several times its bytes, so it is measured, with cp and
+`hybrid convert` beside it, on N layers.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from converters import arguments, layout, naming, output, torchfile
-from converters.checkpoint import Checkpoint, Optimizer
+from converters.checkpoint import SLOTS, Checkpoint, Optimizer
 from converters.tensors import Tensor, cat, reshape, stored
 from hybrid.config import ModelConfig
 
@@ -41,6 +43,7 @@ MODEL = ModelConfig(
     num_query_groups=8,
     vocab_size=256000,
 )
+LAYOUT = ("--tensor-parallel", 4, "--pipeline-parallel", 2)
 NOISE_BYTES = 64 << 20
 UPSTREAM = """
 import runpy, sys, torch
@@ -104,7 +107,7 @@ def make_source(folder: Path, layers: int, optimizer: bool) -> int:
         from converters import legacy_optimizer
 
         state = {name: noise(param.shape, "float32", file) for name, param in params.items()}
-        slots = dict.fromkeys(("fp32_param", "exp_avg", "exp_avg_sq"), state)
+        slots: dict[str, dict[str, Tensor]] = dict.fromkeys(SLOTS, state)
         groups = [{"wd_mult": wd, "lr": 1e-4, "step": 100} for wd in (1.0, 0.0)]
         content["optimizer"] = legacy_optimizer.content(
             Optimizer(slots, groups), [weights], {slot: [of] for slot, of in slots.items()}, 1
@@ -154,10 +157,8 @@ def hybrid(*words: object) -> list[str]:
 def compare(title: str, ways: dict[str, list[str]], out: Path, nbytes: int, runs: int) -> None:
     """Measure the ways in turn and print a table; the first is the measure of the others."""
     results: dict[str, list[Measured]] = {name: [] for name in ways}
-    for number in range(runs):
+    for _ in range(runs):
         for name, command in ways.items():
-            if "hybrid_conversion" in name and number:
-                continue
             shutil.rmtree(out, ignore_errors=True)
             results[name].append(run(command, out))
     shutil.rmtree(out, ignore_errors=True)
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--optimizer-layers", type=int, default=0)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--upstream-layers", type=int, default=12)
     options = parser.parse_args()
     folder, out = options.folder.absolute(), options.folder.absolute() / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,44 +206,33 @@ def main() -> None:
     print(", ".join(f"{name} {version(name)}" for name in names))
     source = folder / "source"
     nbytes = make_source(source, options.layers, optimizer=False)
-    layers = PATTERN[: options.layers]
     ways = {
         "cp -r": ["cp", "-r", str(source), str(out)],
-        "TP4 x PP2": hybrid(
-            "convert", source, out, "--to", "megatron", "--tensor-parallel", 4, "--pipeline-parallel", 2
-        ),
+        "TP4 x PP2": hybrid("convert", source, out, "--to", "megatron", *LAYOUT),
         "Hugging Face": hybrid("convert", source, out, "--to", "hf"),
-        "torch_dist": hybrid("convert", source, out, "--to", "torch_dist", "--tensor-parallel", 4),
+        "torch_dist": hybrid("convert", source, out, "--to", "torch_dist", *LAYOUT[:2]),
     }
-    if options.upstream:
-        ways["Megatron-LM's hybrid_conversion.py, TP4 x PP2"] = [
-            sys.executable, "-c", UPSTREAM, str(options.upstream), "--load-dir", str(source), "--save-dir", str(out),
-            "--target-tp-size", "4", "--target-pp-size", "2",
-        ]  # fmt: skip
-    compare(f"The 8B hybrid, {len(layers)} of 56 layers, one rank to", ways, out, nbytes, options.runs)
+    compare(f"The 8B hybrid, {options.layers} of 56 layers, one rank to", ways, out, nbytes, options.runs)
     startup(source, options.runs)
-    shutil.rmtree(source)
+    if options.upstream:
+        nbytes = make_source(source, options.upstream_layers, optimizer=False)
+        upstream = [sys.executable, "-c", UPSTREAM, str(options.upstream), "--load-dir", str(source)]
+        upstream += ["--save-dir", str(out), "--target-tp-size", "4", "--target-pp-size", "2"]
+        ways = {
+            "cp -r": ["cp", "-r", str(source), str(out)],
+            "TP4 x PP2": hybrid("convert", source, out, "--to", "megatron", *LAYOUT),
+            "Megatron-LM's hybrid_conversion.py, TP4 x PP2": upstream,
+        }
+        compare(f"{options.upstream_layers} of 56 layers, one rank to", ways, out, nbytes, options.runs)
     if options.optimizer_layers:
         nbytes = make_source(source, options.optimizer_layers, optimizer=True)
         ways = {
             "cp -r": ["cp", "-r", str(source), str(out)],
-            "TP4 x PP2": hybrid(
-                "convert",
-                source,
-                out,
-                "--to",
-                "megatron",
-                "--optimizer",
-                "--tensor-parallel",
-                4,
-                "--pipeline-parallel",
-                2,
-            ),
-            "torch_dist": hybrid("convert", source, out, "--to", "torch_dist", "--optimizer", "--tensor-parallel", 4),
+            "TP4 x PP2": hybrid("convert", source, out, "--to", "megatron", "--optimizer", *LAYOUT),
+            "torch_dist": hybrid("convert", source, out, "--to", "torch_dist", "--optimizer", *LAYOUT[:2]),
         }
-        compare(
-            f"With optimizer state, {options.optimizer_layers} layers, one rank to", ways, out, nbytes, options.runs
-        )
+        title = f"With optimizer state, {options.optimizer_layers} of 56 layers, one rank to"
+        compare(title, ways, out, nbytes, options.runs)
     shutil.rmtree(folder)
 
 
