@@ -2,8 +2,8 @@
 
 Megatron's own `DotProductAttention` keeps the whole score matrix and takes it from a CUDA buffer.
 
-Shapes: S sequence of this rank, T sequence of all context-parallel ranks, B batch, Q query heads and K key-value heads
-of this rank, E head width.
+Shapes: S sequence of this rank, T sequence of all context-parallel ranks or of all packed sequences, B batch, Q query
+heads and K key-value heads of this rank, E head width.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hybrid.model.context import in_order
+from hybrid.model.packing import Packed
 
 
 class SdpaAttention(MegatronModule):
@@ -57,9 +58,15 @@ class SdpaAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query (S, B, Q, E), key and value (S, B, K, E); returns (S, B, Q*E). The mask is always the causal one."""
-        assert attention_bias is None and packed_seq_params is None
+        """query (S, B, Q, E), key and value (S, B, K, E); returns (S, B, Q*E). The mask is always the causal one.
+
+        Packed: query (T, Q, E), key and value (T, K, E); returns (T, Q*E).
+        """
+        assert attention_bias is None
         ranks = self.context_group.size()
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, Packed) and ranks == 1
+            return self._packed(query, key, value, packed_seq_params.lengths)
         if ranks == 1:
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return _joined(self._attend(query, key, value))
@@ -74,6 +81,11 @@ class SdpaAttention(MegatronModule):
             mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(chunk * length)
             parts.append(self._attend(part, key[:, :, :seen], value[:, :, :seen], mask))
         return _joined(torch.cat(parts, dim=2))
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """Each sequence for itself, as if the others were not there."""
+        split = [tensor.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for tensor in (query, key, value)]
+        return torch.cat([_joined(self._attend(*sequence)) for sequence in zip(*split, strict=True)]).squeeze(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """query (B, Q, S, E), key and value (B, K, T, E); without a mask, the causal one of as many keys as queries."""

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from hybrid.model.context import to_channels, to_positions
 from hybrid.model.conv import causal_conv1d
+from hybrid.model.packing import Packed
 from hybrid.model.selective_scan import selective_scan
 
 # Time steps at the start: log-uniform between these (mamba_simple.py).
@@ -147,12 +148,15 @@ class Mamba1Mixer(MegatronModule):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states (S, B, h), under sequence parallelism a part of S; returns the same shape, and no bias."""
-        assert inference_context is None and packed_seq_params is None
+        assert inference_context is None
         xz, _ = self.in_proj(hidden_states)
         shared = self.groups.cp.size() > 1
         if shared:
             xz = self._exchange(xz)
-        y = self._fused(xz) if self.fused else self._reference(xz)
+        if self.fused:
+            y = self._fused(xz, packed_seq_params)
+        else:
+            y = self._reference(xz, packed_seq_params.seq_idx if packed_seq_params is not None else None)
         return self.out_proj(to_positions(y, self.groups.cp) if shared else y)
 
     def weights(self) -> Weights:
@@ -187,22 +191,26 @@ class Mamba1Mixer(MegatronModule):
         by_rank = xz.unflatten(-1, (2, ranks, -1)).transpose(2, 3).flatten(2)
         return to_channels(by_rank, self.groups.cp)
 
-    def _reference(self, xz: Tensor) -> Tensor:
+    def _reference(self, xz: Tensor, seq_idx: Tensor | None) -> Tensor:
         """xz (T, B, 2c), the input projection; returns (T, B, c)."""
         own = self.weights()
         x, z = xz.transpose(0, 1).chunk(2, dim=-1)
-        x = causal_conv1d(x, own.conv, own.conv_bias)
+        x = causal_conv1d(x, own.conv, own.conv_bias, seq_idx=seq_idx)
         low, B, C = self.split_low(self.sum_ranks(F.linear(x, own.x)), -1)
         dt = F.linear(low, own.dt)
-        y = selective_scan(x, dt, own.A, B, C, own.D, z, own.dt_bias, delta_softplus=True)
+        y = selective_scan(x, dt, own.A, B, C, own.D, z, own.dt_bias, delta_softplus=True, seq_idx=seq_idx)
         return y.transpose(0, 1).contiguous()
 
-    def _fused(self, xz: Tensor) -> Tensor:
+    def _fused(self, xz: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """As `_reference`. The kernels cannot start again from zero within a row: they are called for each sequence."""
         from hybrid.model.mamba1_fused import mix
 
         own = self.weights()
         inputs = (own.conv, own.conv_bias, own.x, own.dt, own.dt_bias, own.A, own.D)
-        return mix(xz, *inputs, self.groups.tp_cp)
+        if packed_seq_params is None:
+            return mix(xz, *inputs, self.groups.tp_cp)
+        assert isinstance(packed_seq_params, Packed)
+        return torch.cat([mix(part, *inputs, self.groups.tp_cp) for part in xz.split(packed_seq_params.lengths)])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

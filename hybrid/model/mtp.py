@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.hybrid import hybrid_model
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, roll_tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -30,6 +31,7 @@ def mtp_loss(
     compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
     config: TransformerConfig,
     cp_group: ProcessGroup,
+    packed_seq_params: PackedSeqParams | None = None,
     **_: Any,
 ) -> Tensor:
     """Add the gradient of the depths' losses to the main hidden states, which are returned, (S, B, h).
@@ -49,8 +51,8 @@ def mtp_loss(
     weight = (config.mtp_loss_scaling_factor or 0.0) / config.mtp_num_layers
     for hidden in depths:
         logits, _ = output_layer(hidden, weight=output_weight, runtime_gather_output=runtime_gather_output)
-        labels, _ = roll(labels, cp_group=cp_group)
-        mask, left = roll(mask, cp_group=cp_group)
+        labels, _ = roll(labels, cp_group=cp_group, packed_seq_params=packed_seq_params)
+        mask, left = roll(mask, cp_group=cp_group, packed_seq_params=packed_seq_params)
         losses = compute_language_model_loss(labels, logits) * mask  # type: ignore[arg-type]
         left = _sum(left, cp_group).clamp(min=1)  # type: ignore[arg-type]
         main: Any = MTPLossAutoScaler.apply(main, losses * (weight * tokens / left))

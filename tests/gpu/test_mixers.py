@@ -93,6 +93,40 @@ def test_fused_and_reference_are_one_model(tmp_path: Path, alone: None, version:
     assert max(apart.values()) < 5 * limit, apart
 
 
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_packed_sequences_come_out_as_if_alone(tmp_path: Path, alone: None, version: int, position: str) -> None:
+    """Logits and gradients with the kernels, in bf16, which transformer-engine's packed attention asks for."""
+    from hybrid.model.packing import Packed
+
+    lengths = [70, 2, 33, 151]
+    _, model = _model(
+        tmp_path,
+        "bf16",
+        layer_pattern="M-M*",
+        num_attention_heads=8,
+        mamba_version=version,
+        position_embedding=position,
+    )
+    tokens = torch.randint(257, (1, sum(lengths)), device="cuda")
+    positions = torch.cat([torch.arange(length, device="cuda") for length in lengths]).unsqueeze(0)
+    together = model(tokens, positions, None, packed_seq_params=Packed.of(lengths, "cuda"))
+    weights = torch.randn_like(together)
+    (together * weights).sum().backward()
+    gradients = {key: value.clone() for key, value in _tensors(model, "grad")}
+    for parameter in model.parameters():
+        parameter.grad = None
+    parts = zip(*(tensor.split(lengths, 1) for tensor in (tokens, positions, weights)), strict=True)
+    outputs = []
+    for own, own_positions, own_weights in parts:
+        outputs.append(model(own, own_positions, None))
+        (outputs[-1] * own_weights).sum().backward()
+    limit = 2e-2  # bf16 rounds to 8 bits
+    assert _apart(together, torch.cat(outputs, dim=1)) < limit
+    apart = {key: _apart(gradients[key], value) for key, value in _tensors(model, "grad")}
+    assert max(apart.values()) < 5 * limit, apart
+
+
 def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).double().norm() / other.double().norm())
 
