@@ -5,9 +5,9 @@
 
 Makes a legacy checkpoint of one rank in the shape of the 8B hybrid (256,000 tokens, hidden size 4096; all 56 layers are
 17.3 GB in bfloat16) under DIR, then measures: `cp -r` and sync; conversion to tensor parallel 4 x pipeline parallel 2,
-to Hugging Face and to torch_dist; the same with optimizer state on a smaller checkpoint; `hybrid inspect`. Everything
-is written to the disk before the clock stops. The ways take turns; medians are printed, as a table for
-benchmarks/convert.md. DIR needs room for about four times the checkpoint.
+to Hugging Face and to torch_dist; the same with optimizer state on a smaller checkpoint of 32,000 tokens; `hybrid
+inspect`. Everything is written to the disk before the clock stops. The ways take turns; medians are printed, as a table
+for benchmarks/convert.md. DIR needs room for about twice the checkpoint.
 
 SCRIPT is tools/checkpoint/hybrid_conversion.py of a checkout of NVIDIA/Megatron-LM. It does not run as it is: torch 2.6
 and later refuse to load its input, so it is given a torch.load that does not. It reads the names of 2024 alone, so the
@@ -44,6 +44,7 @@ MODEL = ModelConfig(
     vocab_size=256000,
 )
 LAYOUT = ("--tensor-parallel", 4, "--pipeline-parallel", 2)
+OPTIMIZER_VOCABULARY = 32_000
 NOISE_BYTES = 64 << 20
 UPSTREAM = """
 import runpy, sys, torch
@@ -64,20 +65,20 @@ class Measured:
     written: int = 0
 
 
-def noise(shape: tuple[int, ...], dtype: str, file: Path) -> Tensor:
-    """A tensor of random bytes, which repeat after NOISE_BYTES."""
+def noise(shape: tuple[int, ...], dtype: str, file: Path, start: int = 0) -> Tensor:
+    """A tensor of random bytes, from byte `start` of the file on, which repeat after NOISE_BYTES."""
     size = 1
     for length in shape:
         size *= length
     item = {"bfloat16": 2, "float32": 4}[dtype]
     if size * item <= NOISE_BYTES:
-        return reshape(stored(file, 0, (size,), dtype), shape)
+        return reshape(stored(file, start, (size,), dtype), shape)
     rows = NOISE_BYTES // item // (size // shape[0])
     parts: list[Tensor] = []
     left = shape[0]
     while left:
         taken = min(rows, left)
-        parts.append(stored(file, 0, (taken, *shape[1:]), dtype))
+        parts.append(stored(file, start, (taken, *shape[1:]), dtype))
         left -= taken
     return cat(parts, 0)
 
@@ -89,9 +90,11 @@ def name_of_2024(name: str) -> str:
 def make_source(folder: Path, layers: int, optimizer: bool) -> int:
     """Write the checkpoint that everything starts from; return its tensors' bytes."""
     model = replace(MODEL, layer_pattern=PATTERN[:layers])
+    if optimizer:
+        model = replace(model, vocab_size=OPTIMIZER_VOCABULARY)
     file = folder.parent / "noise"
     if not file.exists():
-        file.write_bytes(os.urandom(NOISE_BYTES))
+        file.write_bytes(os.urandom(NOISE_BYTES + 4096))
     params = naming.parameters(model)
     weights = {name: noise(param.shape, "bfloat16", file) for name, param in params.items()}
     source = Checkpoint(folder, "megatron", model, weights, iteration=100)
@@ -106,8 +109,11 @@ def make_source(folder: Path, layers: int, optimizer: bool) -> int:
     if optimizer:
         from converters import legacy_optimizer
 
-        state = {name: noise(param.shape, "float32", file) for name, param in params.items()}
-        slots: dict[str, dict[str, Tensor]] = dict.fromkeys(SLOTS, state)
+        # Equal tensors would be stored once.
+        slots = {
+            slot: {name: noise(param.shape, "float32", file, 64 * number) for name, param in params.items()}
+            for number, slot in enumerate(SLOTS, start=1)
+        }
         groups = [{"wd_mult": wd, "lr": 1e-4, "step": 100} for wd in (1.0, 0.0)]
         content["optimizer"] = legacy_optimizer.content(
             Optimizer(slots, groups), [weights], {slot: [of] for slot, of in slots.items()}, 1
