@@ -189,6 +189,8 @@ def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
                 f"is {optimizer.wsd_decay_samples}, but between warm-up and end there are {whole} samples; "
                 f"nearest: {whole}",
             )
+    if trainer.profile and not (len(trainer.profile) == 2 and 1 <= trainer.profile[0] <= trainer.profile[1]):
+        yield Problem("trainer.profile", f"is {trainer.profile}, but must be the first and the last step, as in [10,12]")
     if optimizer.min_lr > optimizer.lr:
         yield Problem("optimizer.min_lr", f"is {optimizer.min_lr}, above optimizer.lr ({optimizer.lr})")
     if settings.trainer.precision.startswith("fp8") and settings.model.kernels == "reference":

@@ -19,6 +19,8 @@ Kernels = Literal["auto", "fused", "reference"]
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 DataSource = Literal["stdlib", "text", "indexed", "mock"]
+Tracker = Literal["tensorboard", "wandb"]
+OnFault = Literal["stop", "skip", "rollback"]
 
 
 def option(default: Any, doc: str, unit: str = "") -> Any:
@@ -205,6 +207,11 @@ class TrainerConfig:
     eval_interval: int = option(2000, "steps between validations; 0: only at the end", "steps")
     eval_steps: int = option(32, "global batches of one validation", "batches")
     log_interval: int = option(1, "steps between lines of metrics.jsonl", "steps")
+    log_to: list[Tracker] = option([], "where the metrics go besides metrics.jsonl: tensorboard, wandb")
+    profile: list[int] = option([], "first and last step that torch's profiler records, into the run's folder", "steps")
+    memory_snapshot: int | None = option(
+        None, "step after which a snapshot of the GPU's memory is written; it holds the step before, too", "steps"
+    )
 
     @property
     def steps(self) -> int:
@@ -225,7 +232,27 @@ class CheckpointConfig:
 
     save_interval: int = option(2000, "steps between checkpoints; one more is saved at the end", "steps")
     keep_last: int = option(3, "checkpoints kept, newest first; 0: all of them")
-    load: str | None = option(None, "checkpoint to start from when the run has none of its own")
+    keep_every: int = option(0, "a checkpoint of a multiple of so many steps is kept for good; 0: none", "steps")
+    asynchronous: bool = option(False, "write checkpoints in another process while the training goes on")
+    load: str | None = option(None, "checkpoint of any format to start from when the run has none of its own")
+    export: str | None = option(None, "FORMAT:PATH, such as hf:PATH, where the weights go when the run is done")
+
+
+@dataclass(kw_only=True)
+class FaultsConfig:
+    """What a run does when something goes wrong in it.
+
+    `skip` leaves a step's update out and reads on; `rollback` takes up the last checkpoint's weights and optimizer and
+    reads on after the bad batch, none of which is read again.
+    """
+
+    on_nan: OnFault = option("stop", "a loss or gradient norm that is NaN or Inf: stop, skip or rollback")
+    on_spike: OnFault = option("skip", "a gradient norm above spike_factor times the usual: stop, skip or rollback")
+    spike_factor: float = option(0.0, "times the median norm of the last 100 steps that makes a spike; 0: none is one")
+    limit: int = option(10, "bad steps among any 1,000 after which the run stops all the same", "steps")
+    hang_seconds: int = option(
+        600, "time without progress after which a process shows every thread's stack and ends; 0: never", "seconds"
+    )
 
 
 @dataclass(kw_only=True)
@@ -239,5 +266,6 @@ class Settings:
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     folder: str = "runs"
     plugins: list[str] = field(default_factory=list)  # what is arranged around the run, see recipes/plugins.py

@@ -3,6 +3,7 @@
 from hybrid.config import (
     CheckpointConfig,
     DataConfig,
+    FaultsConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -21,6 +22,7 @@ def pretrain(
     optimizer: OptimizerConfig,
     trainer: TrainerConfig,
     checkpoint: CheckpointConfig,
+    faults: FaultsConfig | None = None,
     folder: str = "runs",
     plugins: list[str] | None = None,
 ) -> None:
@@ -41,6 +43,7 @@ def pretrain(
             optimizer=optimizer,
             trainer=trainer,
             checkpoint=checkpoint,
+            faults=faults or FaultsConfig(),
             folder=folder,
             plugins=plugins or [],
         )
@@ -56,6 +59,7 @@ def finetune(
     optimizer: OptimizerConfig,
     trainer: TrainerConfig,
     checkpoint: CheckpointConfig,
+    faults: FaultsConfig | None = None,
     folder: str = "runs",
     plugins: list[str] | None = None,
 ) -> None:
@@ -73,6 +77,7 @@ def finetune(
         optimizer=optimizer,
         trainer=trainer,
         checkpoint=checkpoint,
+        faults=faults,
         folder=folder,
         plugins=plugins,
     )

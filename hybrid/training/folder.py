@@ -38,7 +38,10 @@ _MAY_CHANGE = (
     "trainer.max_",
     "trainer.micro_batch_size",
     "trainer.eval_",
-    "trainer.log_interval",
+    "trainer.log_",
+    "trainer.profile",
+    "trainer.memory_snapshot",
+    "faults.",
     "trainer.recompute",
 )
 
