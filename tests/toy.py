@@ -74,24 +74,30 @@ def start(
 ) -> "subprocess.CompletedProcess[str]":
     """Run these settings in other processes, one run after the other; fails if they fail."""
     files = []
-    for run in runs:
-        path = Path(run.folder) / f"{run.name}.json"
+    for number, run in enumerate(runs):
+        path = Path(run.folder) / f"{number}_{run.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings_file.to_dict(run)))
         files.append(str(path))
+    return spawn("tests.toy", files, processes, environment, **kwargs)
+
+
+def spawn(
+    module: str, arguments: list[str], processes: int = 1, environment: dict[str, str] | None = None, **kwargs: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a module in other processes, as the ranks of one job; fails if it fails."""
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {}), "PYTHONPATH": path}
     done = subprocess.run(
-        [*command, "tests.toy", *files],
+        [*command, module, *arguments],
         env=environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
-        **kwargs,
+        **{"timeout": 600, **kwargs},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-9000:]
     return done
@@ -113,7 +119,7 @@ def _load_and_move(load: Any, run: Settings) -> Any:
     return moved
 
 
-def _join(number: int) -> None:
+def join(number: int) -> None:
     """Join the other ranks for the `number`th run of this process: each run needs names of its own in their store."""
     import torch.distributed as dist
 
@@ -131,7 +137,7 @@ def _main(files: list[str]) -> None:
 
     load = checkpoint.load
     for number, file in enumerate(files):
-        _join(number)
+        join(number)
         run = settings_file.from_dict(json.loads(Path(file).read_text()), file)
         checkpoint.load = _load_and_move(load, run) if run.name.startswith("moved") else load
         train(run)

@@ -48,6 +48,10 @@ def transformer_config(settings: Settings, pattern: Pattern) -> TransformerConfi
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # With virtual stages on two ranks, a batch of messages between them has two each way, which would be mistaken
+        # for one another. Sent singly, they are told apart, and overlap with the computation.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         sequence_parallel=parallel.sequence,

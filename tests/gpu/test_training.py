@@ -1,38 +1,26 @@
 """Training on the GPU beside training on the CPU: 50 steps of a small hybrid from one checkpoint.
 
-How far apart? float32 on the GPU computes the same sums in another order, and transformer-engine's matrix products
-round their inputs to TF32 (10 bits); training carries the differences on. What is asked of each precision is a band
+How far apart? float32 on the GPU computes the same sums in another order, and training carries the differences on. bf16
+rounds every intermediate result to 8 bits, FP8 the factors of products to 4. What is asked of each precision is a band
 around the CPU's losses, which fall by several tenths in these steps.
 """
 
-import os
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hybrid.config import Settings
 from tests import toy
+from tests.gpu import runs
 
 pytestmark = pytest.mark.gpu
 
-START, STEPS = 2, 50
-MODEL: dict[str, Any] = {
-    "layer_pattern": "M-M*",
-    "hidden_size": 128,
-    "num_attention_heads": 8,
-    "num_query_groups": 2,
-    "mamba_state_dim": 32,
-    "mamba_head_dim": 16,
-    "mamba_num_groups": 2,
-    "vocab_size_multiple": 16,
-    "init_std": 0.05,
-}
 RUNS: dict[str, tuple[float, dict[str, dict[str, Any]]]] = {
     "torch modules, float32": (1e-3, {"model": {"kernels": "reference"}}),
-    "fused, float32": (5e-3, {}),
+    "fused, float32": (1e-3, {}),
     "fused, bf16": (0.03, {"trainer": {"precision": "bf16"}}),
     "torch modules, bf16": (0.03, {"trainer": {"precision": "bf16"}, "model": {"kernels": "reference"}}),
     "fused, bf16, full recomputation": (0.03, {"trainer": {"precision": "bf16", "recompute": "full"}}),
@@ -43,47 +31,30 @@ RUNS: dict[str, tuple[float, dict[str, dict[str, Any]]]] = {
         {"trainer": {"precision": "bf16"}, "optimizer": {"precision_aware": True}},
     ),
 }
+# Which expert a token goes to is a matter of the last bits where two are nearly alike; a few tokens go another way.
+WITH_EXPERTS = {"torch modules, float32": 5e-3, "fused, float32": 5e-3, "fused, bf16": 0.05}
+CASES = [(model, name) for model in runs.MODELS for name in RUNS if "experts" not in model or name in WITH_EXPERTS]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["Mamba-1", "Mamba-2"])
-def on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """A run on the CPU with a checkpoint after two steps; its fifty more are the measure."""
-    folder = tmp_path_factory.mktemp(f"cpu{request.param}")
-    first = toy.settings(
-        folder,
-        "cpu",
-        steps=START,
-        model={**MODEL, "mamba_version": request.param},
-        data={"sequence_length": 128},
-        trainer={"micro_batch_size": 4, "global_batch_size": 8},
-        checkpoint={"save_interval": START, "keep_last": 1},
-    )
-    without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "8"}
-    toy.start([first], environment=without_gpu)
-    shutil.copytree(_checkpoint(first), Path(first.folder) / "start")
-    run = replace(first, trainer=replace(first.trainer, max_steps=START + STEPS))
-    toy.start([run], environment=without_gpu)
-    return run
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_losses_stay_in_a_band_around_those_of_the_cpu(on_cpu: Settings, name: str) -> None:
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_losses_stay_in_a_band_around_those_of_the_cpu(
+    on_cpu: dict[str, "Future[Settings]"], model: str, name: str
+) -> None:
     from hybrid.training.loop import train
 
     band, changes = RUNS[name]
+    band = WITH_EXPERTS[name] if "experts" in model else band
+    cpu = on_cpu[model].result()
     run = replace(
-        on_cpu,
+        cpu,
         name=name,
-        **{section: replace(getattr(on_cpu, section), **values) for section, values in changes.items()},
+        **{section: replace(getattr(cpu, section), **values) for section, values in changes.items()},
     )
-    shutil.copytree(Path(on_cpu.folder) / "start", _checkpoint(run))
+    shutil.copytree(runs.checkpoint(cpu), runs.checkpoint(run))
     train(run)
-    expected, losses = toy.metrics(on_cpu), toy.metrics(run)
+    expected, losses = toy.metrics(cpu), toy.metrics(run)
     apart = {step: abs(losses[step] - expected[step]) for step in losses}
-    assert len(apart) == STEPS
-    print(f"{name}: {max(apart.values()):.1e} of {expected[START]:.2f} to {expected[START + STEPS]:.2f}")
+    assert list(apart) == list(range(runs.START + 1, runs.START + runs.STEPS + 1))
+    first, last = expected[runs.START], expected[runs.START + runs.STEPS]
+    print(f"{model}, {name}: {max(apart.values()):.1e} of {first:.2f} to {last:.2f}")
     assert max(apart.values()) <= band, apart
-
-
-def _checkpoint(run: Settings) -> Path:
-    return Path(run.folder) / run.name / f"checkpoints/iter_{START:07}"

@@ -1,0 +1,266 @@
+"""One training in many layouts: what the parity test does for a few of them, and `benchmarks/parity.py` for all.
+
+How far apart may two layouts be? They compute the same sums in another order, so they differ by rounding, and training
+amplifies it. By how much is measured: more single-process runs start from weights that are each moved by at most one
+unit in the last place, which is what one rounding does. Every operation of a step rounds, not only the weights, and a
+layout changes the order of a few sums in each layer, so that a layout may be as far from the single process as
+`MARGIN` times the farthest of these. The same holds for the gradient norm.
+
+`python -m tests.parity JOB.json` is one rank of a job that loads checkpoints into a layout and saves them again.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from hybrid import settings_file
+from hybrid.config import Settings
+from tests import toy
+
+START, STEPS = 2, 20  # steps before the common checkpoint, and after it
+MARGIN = 8
+LIMIT = 3600  # seconds that the runs of one start of processes may take
+MOVED = ("moved 0", "moved 1", "moved 2")
+
+EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 32, "moe_shared_expert_size": 32}
+# Eight layers each, so that one cut into stages fits all.
+MODELS: dict[str, dict[str, Any]] = {
+    "Mamba-2": {"layer_pattern": "MMMMMMMM", "mamba_version": 2, "tie_embeddings": True},
+    "Mamba-1": {"layer_pattern": "MMMMMMMM", "mamba_version": 1},
+    "Mamba-2, attention, MLP": {
+        "layer_pattern": "M-M*M-M*",
+        "mamba_version": 2,
+        "position_embedding": "rope",
+        "rotary_percent": 0.5,
+        "activation": "squared_relu",
+    },
+    "Mamba-1, attention, MLP": {
+        "layer_pattern": "M-M*M-M*",
+        "mamba_version": 1,
+        "position_embedding": "learned",
+        "normalization": "LayerNorm",
+        "add_linear_bias": True,
+    },
+    "Mamba-2, attention, MLP, MoE, MTP": {"layer_pattern": "MEM*M-ME/M*/M*", "mamba_version": 2, **EXPERTS},
+    "Mamba-1, attention, MLP, MoE, MTP": {
+        "layer_pattern": "MEM*M-ME/ME",
+        "mamba_version": 1,
+        "activation": "swiglu",
+        **EXPERTS,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A split over some processes; `cut` has the main layers of each pipeline segment, none: cut for the user."""
+
+    processes: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    cut: tuple[int, ...] = ()
+
+    def fits(self, model: dict[str, Any]) -> bool:
+        """Whether the checks would let the model have this layout."""
+        if "E" not in model["layer_pattern"]:
+            return self.parallel.get("expert", 1) == 1
+        return self.parallel.get("tensor", 1) == 1 or self.parallel.get("sequence", False)
+
+
+SEQUENCE = {"tensor": 2, "sequence": True}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+VIRTUAL = (2, 2, 2, 2)
+LAYOUTS: dict[str, Layout] = {
+    "TP2": Layout(2, {"tensor": 2}),
+    "TP2 + SP": Layout(2, SEQUENCE),
+    "PP2": Layout(2, {"pipeline": 2}),
+    "PP2, uneven": Layout(2, {"pipeline": 2}, (3, 5)),
+    "VPP2": Layout(2, {"pipeline": 2}, VIRTUAL),
+    "CP2": Layout(2, {"context": 2}),
+    "DP2": Layout(2),
+    "DP2, overlapped": Layout(2, OVERLAP),
+    "DP2, whole optimizer": Layout(2, {"distributed_optimizer": False}),
+    "EP2": Layout(2, {"expert": 2}),
+    "PP4, uneven": Layout(4, {"pipeline": 4}, (1, 2, 3, 2)),
+    "CP4": Layout(4, {"context": 4}),
+    "TP2 x PP2": Layout(4, {"tensor": 2, "pipeline": 2}),
+    "TP2 + SP x PP2": Layout(4, {**SEQUENCE, "pipeline": 2}),
+    "TP2 + SP x VPP2": Layout(4, {**SEQUENCE, "pipeline": 2}, VIRTUAL),
+    "TP2 + SP x CP2": Layout(4, {**SEQUENCE, "context": 2}),
+    "DP2 x TP2": Layout(4, {"tensor": 2}),
+    "DP2 x TP2 + SP, overlapped": Layout(4, {**SEQUENCE, **OVERLAP}),
+    "DP2 x VPP2, overlapped": Layout(4, {"pipeline": 2, **OVERLAP}, VIRTUAL),
+    "DP2 x CP2": Layout(4, {"context": 2}),
+    "CP2 x PP2": Layout(4, {"context": 2, "pipeline": 2}),
+    "EP2 x TP2 + SP": Layout(4, {**SEQUENCE, "expert": 2}),
+    "EP2 x PP2": Layout(4, {"expert": 2, "pipeline": 2}),
+    "EP2 x CP2": Layout(4, {"expert": 2, "context": 2}),
+    "EP4, overlapped": Layout(4, {"expert": 4, **OVERLAP}),
+}
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The farthest that the losses (nats) and the gradient norms of two runs are apart."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout of a model beside one process; `rounding` is the farthest of the runs with moved weights."""
+
+    model: str
+    layout: str
+    apart: Apart
+    rounding: Apart
+
+    @property
+    def holds(self) -> bool:
+        """Whether the layout trains the same."""
+        within = self.apart.loss <= MARGIN * self.rounding.loss
+        return within and self.apart.grad_norm <= MARGIN * self.rounding.grad_norm
+
+
+def settings(folder: Path, model: str, name: str = "start") -> Settings:
+    """The run of a model on one process, or in the layout of that name."""
+    layout = LAYOUTS.get(name, Layout(1))
+    sizes = dict(MODELS[model])
+    main, *depths = sizes["layer_pattern"].split("/")
+    if layout.cut:
+        ends = [sum(layout.cut[:count]) for count in range(len(layout.cut) + 1)]
+        main = "|".join(main[start:end] for start, end in pairwise(ends))
+    return toy.settings(
+        folder / model,
+        name,
+        steps=START if name == "start" else START + STEPS,
+        model={**sizes, "layer_pattern": "/".join([main, *depths])},
+        parallel=layout.parallel,
+        data={"cache": str(folder / "cache")},
+        trainer={"micro_batch_size": 1},
+        checkpoint={"save_interval": STEPS + START},
+    )
+
+
+def train(folder: Path, cases: dict[str, list[str]]) -> list[Row]:
+    """Train every model of `cases` on one process, then in its layouts; processes are started once for each number."""
+    toy.start([settings(folder, model) for model in cases], timeout=LIMIT)
+    alone = [settings(folder, model, name) for model in cases for name in ("single", *MOVED)]
+    split = [settings(folder, model, name) for model, names in cases.items() for name in names]
+    for run in [*alone, *split]:
+        shutil.copytree(checkpoint(replace(run, name="start"), START), checkpoint(run, START))
+    toy.start(alone, timeout=LIMIT)
+    for processes in sorted({LAYOUTS[run.name].processes for run in split}):
+        toy.start([run for run in split if LAYOUTS[run.name].processes == processes], processes, timeout=LIMIT)
+    rows = []
+    for model, names in cases.items():
+        single = settings(folder, model, "single")
+        moved = [_apart(single, replace(single, name=name)) for name in MOVED]
+        rounding = Apart(max(it.loss for it in moved), max(it.grad_norm for it in moved))
+        rows += [Row(model, name, _apart(single, replace(single, name=name)), rounding) for name in names]
+    return rows
+
+
+def reshard(folder: Path, cases: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+    """Load the last checkpoint of every layout into every other; (model, from, to) where a bit of it has changed.
+
+    Run after `train`. Everything that is a tensor counts: weights and optimizer state.
+    """
+    jobs: dict[int, list[dict[str, Any]]] = {}
+    for model, names in cases.items():
+        for name in ("single", *names):
+            run = settings(folder, model, name)
+            sources = [other for other in ("single", *names) if other != name and _shares_optimizer(name, other)]
+            job = {"settings": settings_file.to_dict(run), "sources": sources}
+            jobs.setdefault(LAYOUTS.get(name, Layout(1)).processes, []).append(job)
+    wrong = []
+    for processes, some in jobs.items():
+        path = folder / f"reshard_{processes}.json"
+        path.write_text(json.dumps(some))
+        done = toy.spawn("tests.parity", [str(path)], processes, timeout=LIMIT)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+        assert len(lines) == len(some), done.stdout[-3000:]
+        for job, changed in zip(some, lines, strict=True):
+            run = settings_file.from_dict(job["settings"], str(path))
+            wrong += [(Path(run.folder).parent.name, source, run.name) for source in changed]
+    return wrong
+
+
+def checkpoint(run: Settings, step: int) -> Path:
+    """Where a run has its checkpoint of a step."""
+    return Path(run.folder) / run.name / f"checkpoints/iter_{step:07}"
+
+
+def _shares_optimizer(one: str, other: str) -> bool:
+    whole = "DP2, whole optimizer"  # which keeps its state in a form of its own
+    return (one == whole) == (other == whole)
+
+
+def _apart(single: Settings, other: Settings) -> Apart:
+    def of(key: str) -> float:
+        ours, theirs = toy.metrics(other, key), toy.metrics(single, key)
+        assert list(ours) == list(theirs) == list(range(START + 1, START + STEPS + 1))
+        return max(abs(ours[step] - theirs[step]) for step in theirs)
+
+    return Apart(of("loss"), of("grad_norm"))
+
+
+def _reshard_here(run: Settings, sources: Iterable[str]) -> list[str]:
+    """As one rank of `run`: take up each source and save it; those that come out otherwise than they went in."""
+    from hybrid.costs.pipeline import stage_pattern
+    from hybrid.training import checkpoint as checkpoints
+    from hybrid.training.distributed import start, stop
+    from hybrid.training.setup import set_up
+
+    pattern = stage_pattern(run)
+    virtual = len(pattern.segments) // run.parallel.pipeline
+    world = start(run.parallel, virtual if virtual > 1 else None, run.trainer.seed)
+    training = set_up(run, pattern, world.device)
+    changed = []
+    for source in sources:
+        path = checkpoint(replace(run, name=source), START + STEPS)
+        position = checkpoints.load(path, run, training)
+        again = checkpoints.save(Path(run.folder) / run.name / "again", run, training, position, world)
+        if world.is_main:
+            before, after = _tensors(path), _tensors(again)
+            if before.keys() != after.keys() or any(not before[key].equal(after[key]) for key in before):
+                changed.append(source)
+            shutil.rmtree(again)
+        world.barrier()
+    if world.is_main:
+        print("\n" + json.dumps(changed), flush=True)
+    stop()
+    return changed
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, whole."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    described = FileSystemReader(path).read_metadata().state_dict_metadata
+    tensors = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    return tensors
+
+
+def _main(file: str) -> None:
+    import hybrid.quiet  # noqa: F401
+
+    for number, job in enumerate(json.loads(Path(file).read_text())):
+        toy.join(number)
+        _reshard_here(settings_file.from_dict(job["settings"], file), job["sources"])
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
