@@ -1,11 +1,12 @@
 """Mamba layers of this project beside mamba-ssm's own modules and upstream's mixer, forward and backward, on one GPU.
 
-    python benchmarks/gpu_layers.py
+    python benchmarks/gpu_layers.py [--mamba 1|2]
 
 bf16, 8B-shaped layers (hidden 4096), 4096 positions. Every time is the median of 20 repetitions after 5 that are not
 counted, by CUDA events; the peer is measured right after in the same process.
 """
 
+import argparse
 import statistics
 from datetime import date
 from importlib.metadata import version
@@ -85,6 +86,9 @@ def mamba1_module(state: int) -> Any:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--mamba", type=int, choices=[1, 2], help="only this version; default: both")
+    wanted = parser.parse_args().mamba
     start(ParallelConfig(), None, 1)
     print(f"{date.today()}, {machine().gpu}, torch {torch.__version__}, {machine().versions}")
     print("megatron-core", version("megatron-core"))
@@ -93,6 +97,8 @@ def main() -> None:
     for batch in (1, 4):
         hidden = torch.randn(LENGTH, batch, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for kind, state in ((1, 16), (1, 128), (2, 128)):
+            if wanted not in (None, kind):
+                continue
             layer = mixer(kind, state)
             own = milliseconds(lambda x, layer=layer: layer(x)[0], hidden)
             del layer
