@@ -101,28 +101,39 @@ def rank_state(
 
 
 def as_torch_dist(
-    reference: str | Path,
+    reference: str | Path | Checkpoint,
     cache: str | Path,
     overrides: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    vocabulary: tuple[int, int] | None = None,
 ) -> Path:
     """The folder from which training and generation load a checkpoint of any format.
 
     A distributed checkpoint is its own; another is converted once into a folder under `cache`, which is named after the
-    files it came from. Not to be called by several processes for one checkpoint at a time. Raises as `convert` does.
+    files it came from. `vocabulary` is a (size, multiple) that the embedding must be padded to; by default it is as in
+    `convert`. Not to be called by several processes for one checkpoint at a time. Raises as `convert` does.
     """
-    checkpoint = open_checkpoint(reference, overrides)
-    if checkpoint.format == "torch_dist":
+    checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference, overrides)
+    rows = -(-vocabulary[0] // vocabulary[1]) * vocabulary[1] if vocabulary else checkpoint.model.padded_vocab_size
+    if checkpoint.format == "torch_dist" and rows == checkpoint.model.padded_vocab_size:
         return checkpoint.path
-    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
-    stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    mark = hashlib.sha256(repr((stated, checkpoint.model)).encode()).hexdigest()[:12]
-    destination = Path(cache) / f"{checkpoint.path.resolve().name}-{mark}"
+    destination = torch_dist_folder(checkpoint, cache, vocabulary)
     if torch_dist.find(destination) is None:
+        if vocabulary:
+            said = {**checkpoint.args, "make_vocab_size_divisible_by": vocabulary[1]}
+            checkpoint = replace(with_rows(checkpoint, *vocabulary), args=said, settings=None)
         convert(checkpoint, destination, "torch_dist", report=report)
     found = torch_dist.find(destination)
     assert found is not None
     return found
+
+
+def torch_dist_folder(checkpoint: Checkpoint, cache: str | Path, vocabulary: tuple[int, int] | None = None) -> Path:
+    """Where `as_torch_dist` converts a checkpoint to; other files, settings or rows give another folder."""
+    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
+    stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+    mark = hashlib.sha256(repr((stated, checkpoint.model, vocabulary)).encode()).hexdigest()[:12]
+    return Path(cache) / f"{checkpoint.path.resolve().name}-{mark}"
 
 
 def convert(

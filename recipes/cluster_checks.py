@@ -11,7 +11,7 @@ from hybrid.costs import parameters
 from hybrid.costs.hardware import GPUS
 from hybrid.costs.plan import evaluate
 from hybrid.errors import Problem
-from recipes import slurm_script
+from recipes import slurm_script, weights
 from recipes.executors import Slurm, seconds
 from recipes.nodes import nearest
 from recipes.records import shell
@@ -122,7 +122,7 @@ def places(job: slurm_script.SlurmJob, built: Settings) -> Iterator[Problem]:
         yield Problem("folder", f"the run would be in '{path}', but nemo-run keeps the name '{name}' to itself")
     if not job.executor.container:
         return
-    named = {"folder": built.folder, "checkpoint.load": built.checkpoint.load}
+    named = {"folder": built.folder, "checkpoint.load": weights.path_of(built.checkpoint.load or "")}
     if built.data.source == "text":
         named["data.path"] = built.data.path
     for place, value in named.items():

@@ -6,10 +6,12 @@ exit code says whether it failed.
 """
 
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem, UserError
+from recipes import weights
 from recipes.executors import Executor, Local, Slurm
 from recipes.nemo import to_nemo_run
 from recipes.sending import nemo_run  # which imports it without torch
@@ -77,9 +79,15 @@ def ours(executor: Any) -> Executor | None:
 def run(recipe: "fdl.Partial[Any]", built: Settings, executor: Any, *, detach: bool, dry_run: bool) -> int:
     """Run a recipe on one of nemo-run's executors through an experiment of nemo-run's; returns the exit code.
 
-    What it runs on must have this package installed: nothing but the recipe is sent. Raises UserError if nemo-run
-    cannot start it.
+    What it runs on must have this package installed: nothing but the recipe is sent. Weights of another format are
+    converted here. Raises ConfigError for an export, which only a process of ours writes; UserError if nemo-run cannot
+    start it.
     """
+    if built.checkpoint.export:
+        message = "is only written by runs on this machine, in a container or on Slurm; `hybrid convert` does it later"
+        raise ConfigError(Problem("checkpoint.export", message))
+    if not dry_run and built.checkpoint.load and Path(weights.path_of(built.checkpoint.load)).exists():
+        recipe = weights.localize(recipe, built)
     if executor.nnodes() * executor.nproc_per_node() > 1 and executor.launcher is None:
         executor.launcher = "torchrun"
     try:

@@ -10,7 +10,7 @@ from hybrid.checks import require
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import refuse_other_run
-from recipes import containers, processes, records, watching
+from recipes import containers, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
 from recipes.settle import settings, settle
 from recipes.submitting import Member, submit
@@ -50,6 +50,8 @@ def launch(
         if where is None:
             require(built, foreign.processes(executor))
             return foreign.run(recipe, built, executor, detach=detach, dry_run=dry_run)
+    if not (isinstance(where, Slurm) and where.ssh) and (problems := weights.check(built)):
+        raise ConfigError(problems)
     if isinstance(where, Slurm):
         job = submit([member], built.name, where, repeat=repeat, dry_run=dry_run)
         if job is None:

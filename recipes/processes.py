@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid.config import Settings
 from hybrid.errors import UserError
 from hybrid.training import folder as run_folder
-from recipes import plugins, records, watching
+from recipes import plugins, records, watching, weights
 from recipes.executors import Local
 from recipes.records import Record
 from recipes.slurm_script import RECIPE_FILE
@@ -60,17 +60,15 @@ def launch(
 
 def run_here(recipe: "fdl.Partial[Any]", built: Settings) -> int:
     """Run a recipe in this process, as the only one or as one of torchrun's."""
-    import fiddle as fdl
-
     run = Path(built.folder) / built.name
     if int(os.environ.get("RANK", "0")):
-        fdl.build(recipe)()
+        weights.run(recipe)
         return 0
     write_recipe(recipe, run)
     with _recorded(run, os.getpid()) as ended:
         ended.code = 1
         try:
-            fdl.build(recipe)()
+            weights.run(recipe)
             ended.code = 0
         except UserError as error:
             ended.code = error.exit_code

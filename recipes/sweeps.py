@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid.checks import check
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem, UserError
-from recipes import nodes, overrides, processes, records, typed, watching
+from recipes import nodes, overrides, processes, records, typed, watching, weights
 from recipes.executors import Executor, Local, Slurm
 from recipes.launching import prepare, refuse_under_way, until_interrupted
 from recipes.records import SWEEP_FILE
@@ -102,7 +102,9 @@ def launch_sweep(
             continue
         built = members[-1].built
         count = executor.processes(smallest_world(built))
-        problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in check(built, count)]
+        wrong = check(built, count)
+        wrong += [] if isinstance(executor, Slurm) and executor.ssh else weights.check(built)
+        problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in wrong]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     for member in members:

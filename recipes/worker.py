@@ -10,6 +10,7 @@ from pathlib import Path
 from platform import python_version
 
 from hybrid.errors import UserError
+from recipes import weights
 from recipes.files import read_recipe
 
 VERSIONS_FILE = "versions.json"  # beside the recipe: what the machine had that the recipe was sent from
@@ -23,9 +24,7 @@ def main(path: Path) -> int:
         if rank == 0:
             for line in differing_versions(path.parent / VERSIONS_FILE):
                 print(line, flush=True)
-        import fiddle as fdl
-
-        fdl.build(read_recipe(path))()
+        weights.run(read_recipe(path))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -1,0 +1,261 @@
+"""Weights that a run starts from and leaves behind in any format, not only in that of training.
+
+`checkpoint.load` may be whatever `hybrid inspect` knows. What is not a distributed checkpoint of the same shape is
+converted once, by the run's first process, into a folder beside the runs. `checkpoint.export` is FORMAT:PATH, and is
+written when the last step is done. All of it is checked on the machine that starts the run.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.config import ModelConfig, Settings
+from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.training import folder
+from recipes.settle import settings
+
+if TYPE_CHECKING:
+    import fiddle as fdl
+
+    from converters.checkpoint import Checkpoint
+
+CACHE = ".converted"
+"""Where converted checkpoints are kept, in the folder of the runs."""
+
+_LOAD, _EXPORT = "checkpoint.load", "checkpoint.export"
+_TOLD_SECONDS = 10.0  # between two lines about the progress of a conversion
+
+# What two models must have in common for the weights of one to be the other's, for the layer kinds that have it.
+_SHARED: dict[str, Callable[[ModelConfig], Any]] = {
+    "hidden_size": lambda model: model.hidden_size,
+    "normalization": lambda model: model.normalization,
+    "tie_embeddings": lambda model: model.tie_embeddings,
+}
+_OF_KIND: dict[str, dict[str, Callable[[ModelConfig], Any]]] = {
+    "*": {
+        "num_attention_heads": lambda model: model.num_attention_heads,
+        "num_query_groups": lambda model: model.query_groups,
+        "attention_head_dim": lambda model: model.head_dim,
+        "position_embedding": lambda model: model.position_embedding,
+        "add_linear_bias": lambda model: model.add_linear_bias,
+    },
+    "-": {
+        "ffn_hidden_size": lambda model: model.ffn_size,
+        "activation": lambda model: model.activation,
+        "add_linear_bias": lambda model: model.add_linear_bias,
+    },
+    "E": {
+        "num_experts": lambda model: model.num_experts,
+        "moe_ffn_hidden_size": lambda model: model.moe_ffn_size,
+        "moe_shared_expert_size": lambda model: model.moe_shared_expert_size,
+        "moe_router_score": lambda model: model.moe_router_score,
+        "moe_expert_bias": lambda model: model.moe_expert_bias,
+        "activation": lambda model: model.activation,
+    },
+    "M1": {
+        "mamba_version": lambda model: model.mamba_version,
+        "mamba_expand": lambda model: model.mamba_expand,
+        "mamba_state_dim": lambda model: model.mamba_state_dim,
+        "mamba_dt_rank": lambda model: model.dt_rank,
+        "mamba_conv_kernel": lambda model: model.mamba_conv_kernel,
+    },
+    "M2": {
+        "mamba_version": lambda model: model.mamba_version,
+        "mamba_head_dim": lambda model: model.mamba_head_dim,
+        "mamba_num_heads": lambda model: model.mamba_heads,
+        "mamba_num_groups": lambda model: model.mamba_num_groups,
+        "mamba_state_dim": lambda model: model.mamba_state_dim,
+        "mamba_conv_kernel": lambda model: model.mamba_conv_kernel,
+    },
+}
+
+
+def check(built: Settings) -> list[Problem]:
+    """What is wrong with where the weights come from and go to, as this machine sees it."""
+    problems: list[Problem] = []
+    for place, look in ((_LOAD, _source), (_EXPORT, _target)):
+        try:
+            look(built)
+        except ConfigError as error:
+            problems += [
+                problem if problem.place.startswith(("checkpoint.", "model.")) else Problem(place, str(problem))
+                for problem in error.problems
+            ]
+        except UserError as error:
+            problems.append(Problem(place, str(error)))
+    return problems
+
+
+def path_of(reference: str) -> str:
+    """The path in FORMAT:PATH, or the whole of it."""
+    from converters.convert import FORMATS
+
+    name, colon, path = reference.partition(":")
+    return path if colon and name in FORMATS else reference
+
+
+def run(recipe: "fdl.Partial[Any]") -> None:
+    """Run a settled recipe as one rank of the processes there are: what it starts from, the training, the export."""
+    import fiddle as fdl
+
+    built = settings(recipe)
+    fdl.build(localize(recipe, built))()
+    export(built)
+
+
+def localize(recipe: "fdl.Partial[Any]", built: Settings) -> "fdl.Partial[Any]":
+    """Return the recipe with a `checkpoint.load` that training reads, converted if need be.
+
+    For every process of a run: the first one converts, the others wait for it. Raises as `converters.convert`, and
+    ConfigError for weights of another model.
+    """
+    source = _source(built)
+    if source is None:
+        return recipe
+    found = source.path if _loads(source, built.model) else _converted(source, built)
+    recipe = copy.deepcopy(recipe)
+    recipe.checkpoint.load = str(found)
+    return recipe
+
+
+def export(built: Settings) -> None:
+    """Write the weights of a run that is done to `checkpoint.export`; nothing if it is not done, or was exported."""
+    if built.checkpoint.export is None or int(os.environ.get("RANK", "0")) or not _done(built):
+        return
+    from converters import convert
+
+    to, target = _form(built.checkpoint.export)
+    if target.exists() and any(target.iterdir()):
+        print(f"{target} is there already; nothing is exported", flush=True)
+        return
+    opened = convert.open_checkpoint(_run(built))
+    try:
+        origin = _origin(built)  # whose tokenizer and settings of generation go along
+    except (ConfigError, UserError):  # it need not be there any more
+        origin = None
+    files = _tokenizer_files(built) or (origin.companions if origin else [])
+    opened = replace(opened, companions=files, hf_config=origin.hf_config if origin else {})
+    result = convert.convert(opened, target, to, report=_telling(f"exports to {target}"))
+    print(f"exported {result}", flush=True)
+
+
+def _source(built: Settings) -> "Checkpoint | None":
+    """What the run starts from, opened; None if that is nothing, or a checkpoint of its own."""
+    opened = None if folder.latest_step(_run(built) / folder.CHECKPOINTS) is not None else _origin(built)
+    if opened is None:
+        return None
+    opened.require_complete()
+    if problems := list(_differences(built.model, opened)):
+        raise ConfigError(problems)
+    return opened
+
+
+def _origin(built: Settings) -> "Checkpoint | None":
+    from converters import convert
+
+    load = built.checkpoint.load
+    if not load:
+        return None
+    run = Path(built.folder) / load
+    return convert.open_checkpoint(run if (run / folder.CHECKPOINTS).is_dir() else load)
+
+
+def _differences(model: ModelConfig, opened: "Checkpoint") -> Iterator[Problem]:
+    """Why the weights in a checkpoint are of another model than the run's."""
+    other, place = opened.model, str(opened.path)
+    kinds = set(model.pattern.layers)
+    if other.pattern.layers != model.pattern.layers:
+        message = f"is '{model.pattern}', but the weights in {place} are of '{other.pattern}'"
+        yield Problem("model.layer_pattern", message)
+    if model.pattern.mtp_depths > other.pattern.mtp_depths:
+        message = f"is '{model.pattern}', but {place} has weights for {other.pattern.mtp_depths} tokens further ahead"
+        yield Problem("model.layer_pattern", message)
+    fields = dict(_SHARED)
+    for kind in sorted(kinds):
+        fields |= _OF_KIND[f"M{model.mamba_version}" if kind == "M" else kind]
+    assumed = {note.split("=")[0] for note in opened.assumed}
+    for name, value in fields.items():
+        if name not in assumed and value(model) != value(other):
+            message = f"is {value(model)}, but the weights in {place} are of {value(other)}"
+            yield Problem(f"model.{name}", message)
+    if model.vocab_size > other.padded_vocab_size or other.vocab_size > model.padded_vocab_size:
+        message = f"is {model.vocab_size}, but the weights in {place} are of {other.vocab_size}"
+        yield Problem("model.vocab_size", message)
+
+
+def _loads(opened: "Checkpoint", model: ModelConfig) -> bool:
+    """Whether training loads a checkpoint as it is."""
+    return opened.format == "torch_dist" and opened.model.padded_vocab_size == model.padded_vocab_size
+
+
+def _converted(opened: "Checkpoint", built: Settings) -> Path:
+    from converters import convert, torch_dist
+
+    rows = (built.model.vocab_size, built.model.vocab_size_multiple)
+    target = convert.torch_dist_folder(opened, Path(built.folder) / CACHE, rows)
+    if int(os.environ.get("RANK", "0")):
+        while (found := torch_dist.find(target)) is None:
+            time.sleep(0.5)  # whoever started the processes ends this one if the first one fails
+        return found
+    found = convert.as_torch_dist(opened, target.parent, vocabulary=rows, report=_telling(f"converts {opened.path}"))
+    print(f"{opened.path} is converted: {found}", flush=True)
+    return found
+
+
+def _target(built: Settings) -> None:
+    """Raise ConfigError if the model cannot be exported as it is asked, or not to there."""
+    if built.checkpoint.export is None:
+        return
+    from converters import hf
+
+    to, target = _form(built.checkpoint.export)
+    if to == "hf":
+        hf.choose(built.model)
+    if target.exists() and (target.is_file() or any(target.iterdir())) and not _done(built):
+        raise ConfigError(Problem(_EXPORT, f"names {target}, which exists already; name another folder, or remove it"))
+
+
+def _form(reference: str) -> tuple[str, Path]:
+    from converters.convert import FORMATS
+
+    name, colon, path = reference.partition(":")
+    if not colon or name not in FORMATS or not path:
+        names = ", ".join(f"{form}:PATH" for form in FORMATS)
+        raise ConfigError(Problem(_EXPORT, f"is '{reference}', which is not one of {names}"))
+    return name, Path(path)
+
+
+def _done(built: Settings) -> bool:
+    return folder.latest_step(_run(built) / folder.CHECKPOINTS) == built.trainer.steps
+
+
+def _run(built: Settings) -> Path:
+    return Path(built.folder) / built.name
+
+
+def _tokenizer_files(built: Settings) -> list[Path]:
+    """The files of the tokenizer that the run read its data with, where it is a folder or a file."""
+    from converters.checkpoint import companions_of
+
+    path = Path(built.data.tokenizer)
+    if path.is_dir():
+        return companions_of(path)
+    return [path] if path.is_file() else []
+
+
+def _telling(what: str) -> Callable[[Any], None]:
+    """A report that prints a line now and then."""
+    last = time.monotonic()
+
+    def report(progress: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > _TOLD_SECONDS:
+            last = now
+            print(f"{what}: {progress}", flush=True)
+
+    return report
