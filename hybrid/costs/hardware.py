@@ -97,11 +97,22 @@ SCAN_BACKWARD = 2.67
 # Mamba-2's other kernels (convolution, gated norm, [s, b] to [b, s] copies): bytes moved, in times of the input
 # projection's output, forward and backward.
 MAMBA2_PASSES = (8.0, 13.0)
-# Mamba-1: share of the exponential rate that the selective scan reaches, its backward pass in forward passes, and the
-# other kernels' bytes in times of the input projection's output. Not measured yet.
-SELECTIVE_SCAN_SHARE = 0.6
+# Mamba-1's selective scan: share of the rate of exponentials, one for each of d x N states, that its forward pass
+# reaches, and its backward pass in forward passes. The step measured (benchmarks/gpu.md) is 629 ns per token and
+# layer without output layer and optimizer. Matrix products and norms take 139 of them. Another 100 ns are the copies
+# of the mixer as it was then, 16 tensors of the inner width forward and 31 backward, the transposed ones among them
+# at half the memory's speed (as measured with Mamba-2). The rest is the scan: for d = 3072 and N = 16, 390 ns in both
+# directions. It moves no more than 13 tensors of the inner width, 19 ns, so the memory does not bound it. How the two
+# directions share it is not measured: the backward kernel makes the states again, runs the recurrence in reverse, and
+# adds up the gradients of B and C.
+SELECTIVE_SCAN_SHARE = 0.13
 SELECTIVE_SCAN_BACKWARD = 3.0
-MAMBA1_PASSES = (4.0, 8.0)
+# Mamba-1 between its projections, counted in hybrid/model/mamba1_fused.py: bytes moved, in times of the input
+# projection's output (two tensors of the inner width), forward and backward. Forward: x and z are turned around (4
+# tensors of the inner width read or written), x convolved (2), scanned and gated (5), turned back (2). Backward: x
+# convolved and delta made again (3), the gradient turned around (2), the scan (8), products (5), convolution (3),
+# turned back (4).
+MAMBA1_PASSES = (6.5, 12.5)
 # Causal attention, of the matrix peak, in operations that the mask leaves; its backward pass in forward passes.
 ATTENTION_SHARE = 0.28
 ATTENTION_BACKWARD = 2.5

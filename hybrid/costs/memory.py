@@ -93,10 +93,15 @@ def saved(settings: Settings, symbol: str) -> float:
 def transient(settings: Settings, symbol: str) -> float:
     """Bytes per token that a layer's backward pass needs besides what was kept: the gradients, and what it makes again.
 
-    The gradients on the way through a layer are as large as the widest tensors they belong to, two at a time.
+    The gradients on the way through a layer are as large as the widest tensors they belong to, two at a time. Mamba-1
+    holds nine tensors of its inner width at once: its output's gradient, convolved x and delta with their gradients,
+    and twice the gradients of x and z, which are turned around at the end.
     """
-    again = _all_saved(settings, symbol) - saved(settings, symbol)
-    return again + _all_saved(settings, symbol) / 2
+    model, kept = settings.model, _all_saved(settings, symbol)
+    again = kept - saved(settings, symbol)
+    if symbol == "M" and model.mamba_version == 1:
+        return again + 9 * model.mamba_inner_size * _width(settings) / settings.parallel.tensor
+    return again + kept / 2
 
 
 def gradient_width(settings: Settings) -> int:
@@ -130,11 +135,11 @@ def _all_saved(settings: Settings, symbol: str) -> float:
             # zxBCdt, the scan's output before the gated norm, the output projection's input
             own = projected * width + inner * width + inner * input_width
         case "M":
-            # x and z, x after the convolution, delta, the scan's output, the output projection's input; B, C and dt;
-            # states at the ends of chunks
+            # x and z, the scan's output before the gate, the output projection's input; B, C and dt; states at the ends
+            # of chunks. The convolved x and delta are made again (hybrid/model/mamba1_fused.py).
             inner = model.mamba_inner_size
             low_rank = (model.dt_rank + 2 * model.mamba_state_dim) * tensor
-            own = (5 * inner + low_rank) * width + inner * input_width
+            own = (3 * inner + low_rank) * width + inner * input_width
             own += inner * 2 * model.mamba_state_dim * 4 / SCAN_CHUNK
         case "*":
             query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim

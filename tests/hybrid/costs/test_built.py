@@ -97,6 +97,12 @@ VARIANT = {
         ("small", {**VARIANT, "parallel__tensor": 4, "parallel__pipeline": 2}, 16, [0, 15]),
         ("small", {**VARIANT, "model__tie_embeddings": True, "parallel__pipeline": 2}, 2, [0, 1]),
         ("small", {"model__layer_pattern": "M|*|-M|-*", "parallel__pipeline": 2}, 2, [0, 1]),
+        ("small", {"model__mamba_version": 1, "parallel__tensor": 2, "parallel__pipeline": 2}, 4, [0, 3]),
+        ("small", {"model__layer_pattern": "M*-/M*/M*", "parallel__tensor": 2}, 2, [0]),
+        ("small", {"model__layer_pattern": "M*|-/M*/M*", "parallel__tensor": 2, "parallel__pipeline": 2}, 4, [0, 3]),
+        ("small_moe", {"parallel__tensor": 2, "parallel__sequence": True}, 2, [1]),
+        ("small_moe", {"parallel__expert": 4, "model__moe_shared_expert_size": 96}, 4, [0, 3]),
+        ("small_moe", {"model__activation": "swiglu", "parallel__expert": 2, "parallel__pipeline": 2}, 4, [0, 3]),
     ],
 )
 def test_a_rank_holds_the_parameters_that_are_planned(settings_of, name, changes, world, ranks):
@@ -106,19 +112,18 @@ def test_a_rank_holds_the_parameters_that_are_planned(settings_of, name, changes
             assert built.parameters() == parameters.rank(settings, built.pattern, built.stage).total
 
 
-# The builder has no Mamba-1 mixer yet; its published totals are in test_parameters.py.
-BUILT = [name for name in registry.entries() if not name.startswith("mamba_")]
-
-
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", registry.entries())
 def test_every_recipe_has_the_parameters_that_are_planned(name):
-    """The whole model, and a rank of the layout that the recipe is meant for."""
+    """The whole model, and a rank of every pipeline stage of the layout that the recipe is meant for."""
     entry = registry.entries()[name]
     settings = settle(entry.function())
     whole = replace(settings, parallel=ParallelConfig())
     for layout, world in ((whole, 1), (settings, max(entry.gpus, 1))):
-        with Rank(layout, world, world - 1) as built:
-            assert built.parameters() == parameters.rank(layout, built.pattern, built.stage).total
+        stages = layout.parallel.pipeline
+        for stage in range(stages):
+            with Rank(layout, world, (stage + 1) * world // stages - 1) as built:
+                assert built.stage == stage
+                assert built.parameters() == parameters.rank(layout, built.pattern, stage).total
 
 
 def test_every_distinct_rank_of_56b_on_1024_gpus(settings_of):
@@ -155,3 +160,27 @@ def test_operations_equal_those_counted_in_the_reference_model(settings_of):
     assert products == 3 * (layers + planned.parts["output"]) * tokens
     # The scan's own backward pass takes a little less than twice its forward pass.
     assert total == pytest.approx(3 * forward, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("small", {"model__layer_pattern": "M-M", "model__mamba_version": 1, "model__mamba_state_dim": 16}),
+        ("small", {"model__layer_pattern": "M*-", "model__activation": "swiglu", "model__tie_embeddings": True}),
+        ("small", {"model__layer_pattern": "M*-/M*"}),
+    ],
+)
+def test_products_with_weights_equal_those_counted(settings_of, name, changes):
+    """Every matrix product with a weight, forward and backward, to the last operation."""
+    settings = settings_of(name, 128, trainer__precision="fp32", **changes)
+    tokens = 2 * 128
+    with Rank(settings, 1, 0) as built, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        (chunk,) = built.chunks()
+        ids = torch.zeros(2, 128, dtype=torch.long)
+        chunk(ids, ids, None, labels=ids).sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+    planned = flops.per_token(settings)
+    model, pattern = settings.model, settings.model.pattern
+    weights = sum(count * flops.projections(model, symbol) for symbol, count in pattern.counts().items() if count)
+    weights += planned.parts["output"] + planned.parts.get("MTP projection", 0.0)
+    assert counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0) == 3 * weights * tokens

@@ -74,6 +74,57 @@ def test_a_run_that_fills_the_memory_does_not_fit(settings_of):
     assert not held.fits(held.total)
 
 
+def test_mamba1_keeps_what_its_mixer_saves(settings_of, monkeypatch):
+    """What `mamba1_fused.mix` saves for the backward pass, on the meta device; its kernels give shapes alone."""
+    import sys
+    import types
+
+    import torch
+
+    settings = settings_of("mamba_8b_n16", model__hidden_size=64)
+    model = settings.model
+    d, state, batch, length = model.mamba_inner_size, model.mamba_state_dim, 2, 4096
+
+    def scan(u, delta, *_):
+        states = torch.empty(batch, d, length // memory.SCAN_CHUNK, 2 * state, dtype=torch.float32, device="meta")
+        return torch.empty_like(u), states, torch.empty_like(u)
+
+    stubs = {
+        "causal_conv1d": {},
+        "causal_conv1d.cpp_functions": {
+            "causal_conv1d_fwd_function": lambda x, *_: torch.empty_like(x),
+            "causal_conv1d_bwd_function": None,
+        },
+        "mamba_ssm": {},
+        "mamba_ssm.ops": {},
+        "mamba_ssm.ops.selective_scan_interface": {"selective_scan_cuda": types.SimpleNamespace(fwd=scan)},
+        "hybrid.model.transpose": {
+            "channels_first": lambda x: x.permute(1, 2, 0).contiguous(),
+            "positions_first": lambda x: x.permute(2, 0, 1).contiguous(),
+        },
+    }
+    for name, content in stubs.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "hybrid.model.mamba1_fused", raising=False)
+    from hybrid.model.mamba1_fused import mix
+
+    with torch.device("meta"):
+        wide = {"dtype": torch.bfloat16, "requires_grad": True}
+        weights = [torch.empty(d, 4, **wide), torch.empty(d, **wide), torch.empty(model.dt_rank + 2 * state, d, **wide)]
+        weights += [torch.empty(d, model.dt_rank, **wide), torch.empty(d), torch.empty(d, state), torch.empty(d)]
+        xz = torch.empty(length, batch, 2 * d, **wide)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = mix(xz, *weights, types.SimpleNamespace(size=lambda: 1))
+    monkeypatch.delitem(sys.modules, "hybrid.model.mamba1_fused")
+    parameters = {id(weight) for weight in weights}
+    # Beside them the input projection keeps the residual stream and its norm, the output projection its input y.
+    nbytes = sum(tensor.nbytes for tensor in kept if id(tensor) not in parameters) + y.nbytes
+    assert memory.saved(settings, "M") == nbytes / (batch * length) + 2 * 2 * model.hidden_size
+
+
 def test_state_and_cache_of_generation(settings_of):
     """52.3 MB of SSM state a sequence and 16 KiB of keys and values a token for the 8B hybrid."""
     held = memory.inference(settings_of("hybrid_8b"))

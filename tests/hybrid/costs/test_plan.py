@@ -26,6 +26,7 @@ from hybrid.pattern import parse
         ("hybrid_800m", 8, 4, {"trainer__precision": "fp8_current"}, 100_180),
         ("hybrid_8b", 1, 8, {"optimizer__precision_aware": True}, 11_430),
         ("hybrid_8b", 1, 8, {"optimizer__precision_aware": True, "trainer__precision": "fp8_current"}, 15_120),
+        ("mamba_790m", 4, 2, {}, 31_360),
     ],
 )
 def test_step_time_within_10_percent_of_measured(
