@@ -22,10 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 from hybrid.costs.pipeline import stage_pattern
 from hybrid.data.datasets import build_datasets
 from hybrid.data.tokenizer import load_tokenizer
-from hybrid.training import loop
-from hybrid.training.checkpoint import Position
 from hybrid.training.distributed import start, stop
+from hybrid.training.faults import Judge
+from hybrid.training.metrics import Clock
 from hybrid.training.setup import set_up
+from hybrid.training.step import Stepper, micro_batch_loader
 from recipes import apply, resolve, settings
 
 KINDS = (
@@ -63,12 +64,13 @@ def main() -> None:
     datasets = build_datasets(run, tokenizer, train_samples=run.trainer.samples, validation_samples=1)
     training = set_up(run, stage_pattern(run), world.device)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
-    data: Any = [iter(loop._batches(run, datasets.train, 0))]
+    data: Any = [iter(micro_batch_loader(run, datasets.train))]
+    stepper = Stepper(run, training, token_bytes, world, Clock(), Judge(run.faults))
 
     def step(number: int) -> float:
         torch.cuda.synchronize()
         began = time.monotonic()
-        loop._step(run, training, data, token_bytes, Position(number, number * run.trainer.global_batch_size), world)
+        stepper.step(data, number + 1, run.trainer.global_batch_size)
         torch.cuda.synchronize()
         return time.monotonic() - began
 

@@ -45,6 +45,7 @@ def rules(settings: Settings, world_size: int | None = None) -> list[Problem]:
         # Rules that need no pattern still hold.
         problems, pattern = list(error.problems), None
     problems += layer_checks.model(settings)
+    problems += _rampup(settings, world_size)
     problems += _batches_and_schedule(settings)
     problems += _data(settings)
     problems += _parallel(settings)
@@ -157,6 +158,9 @@ def _world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
 
 def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
     trainer, optimizer = settings.trainer, settings.optimizer
+    warmups = [n for n in ("warmup_samples", "warmup_steps", "warmup_tokens") if getattr(optimizer, n) is not None]
+    if len(warmups) > 1:
+        yield Problem(f"optimizer.{warmups[0]}", f"and optimizer.{warmups[1]} are both set; set one of them to None")
     if (trainer.max_steps is None) == (trainer.max_samples is None):
         state = "are both set" if trainer.max_steps is not None else "are both None"
         yield Problem(
@@ -167,16 +171,10 @@ def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
             "trainer.max_samples",
             f"is {trainer.max_samples}, less than one global batch of {trainer.global_batch_size} samples",
         )
-    elif optimizer.warmup_samples >= (optimizer.decay_samples or trainer.samples):
-        end = optimizer.decay_samples or trainer.samples
-        name = "optimizer.decay_samples" if optimizer.decay_samples else "the samples of the run"
-        yield Problem(
-            "optimizer.warmup_samples",
-            f"is {optimizer.warmup_samples}, but must be below {name} ({end}), where the decay ends; "
-            f"nearest: {end - 1}",
-        )
+    elif settings.warmup_samples >= (optimizer.decay_samples or trainer.samples):
+        yield _too_long_a_warmup(settings)
     elif optimizer.wsd_decay_samples is not None:
-        whole = (optimizer.decay_samples or trainer.samples) - optimizer.warmup_samples
+        whole = (optimizer.decay_samples or trainer.samples) - settings.warmup_samples
         if optimizer.schedule != "wsd":
             yield Problem(
                 "optimizer.wsd_decay_samples",
@@ -190,7 +188,7 @@ def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
                 f"nearest: {whole}",
             )
     if trainer.profile and not (len(trainer.profile) == 2 and 1 <= trainer.profile[0] <= trainer.profile[1]):
-        yield Problem("trainer.profile", f"is {trainer.profile}, but must be the first and the last step, as in [10,12]")
+        yield Problem("trainer.profile", f"is {trainer.profile}, but must be a first and a last step: [10,12]")
     if optimizer.min_lr > optimizer.lr:
         yield Problem("optimizer.min_lr", f"is {optimizer.min_lr}, above optimizer.lr ({optimizer.lr})")
     if settings.trainer.precision.startswith("fp8") and settings.model.kernels == "reference":
@@ -201,22 +199,82 @@ def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def _too_long_a_warmup(settings: Settings) -> Problem:
+    optimizer, trainer = settings.optimizer, settings.trainer
+    end = optimizer.decay_samples or trainer.samples
+    name = "optimizer.decay_samples" if optimizer.decay_samples else "the samples of the run"
+    given = next(n for n in ("warmup_steps", "warmup_tokens", "warmup_samples") if getattr(optimizer, n) is not None)
+    nearest = {
+        "warmup_steps": trainer.ramp.steps(end - 1),
+        "warmup_tokens": (end - 1) * settings.data.sequence_length,
+        "warmup_samples": end - 1,
+    }
+    samples = "" if given == "warmup_samples" else f", that is {settings.warmup_samples} samples"
+    return Problem(
+        f"optimizer.{given}",
+        f"is {getattr(optimizer, given)}{samples}, but must be below {name} ({end}), where the decay ends; "
+        f"nearest: {nearest[given]}",
+    )
+
+
+def _rampup(settings: Settings, world_size: int | None) -> Iterator[Problem]:
+    """The growth of the batch; its steps have to suit micro batch and data parallel size as the whole batch has."""
+    trainer, place = settings.trainer, "trainer.rampup_batch_size"
+    if not trainer.rampup_batch_size:
+        return
+    if len(trainer.rampup_batch_size) != 3 or min(trainer.rampup_batch_size) < 1:
+        yield Problem(
+            place, f"is {trainer.rampup_batch_size}, but must be a batch, its rises and samples: [32,32,100000]"
+        )
+        return
+    start, increment, _ = trainer.rampup_batch_size
+    if start > trainer.global_batch_size or (trainer.global_batch_size - start) % increment:
+        yield Problem(
+            place,
+            f"goes from {start} in rises of {increment}, which does not lead to trainer.global_batch_size "
+            f"({trainer.global_batch_size})",
+        )
+    replicas = max(1, (world_size or 1) // settings.parallel.model_size)
+    divisor = trainer.micro_batch_size * replicas
+    what = f"trainer.micro_batch_size x data parallel size ({trainer.micro_batch_size} x {replicas})"
+    for name, value in (("start", start), ("rise", increment)):
+        if value % divisor:
+            near = max(1, round(value / divisor)) * divisor
+            yield Problem(place, f"has a {name} of {value}, but it must be a multiple of {what}; nearest: {near}")
+
+
+# What each source reads from data.path.
+_READS = {
+    "text": "a folder of text files",
+    "indexed": "the prefix of .bin/.idx files",
+    "sft": "JSONL files of examples",
+}
+
+
 def _data(settings: Settings) -> Iterator[Problem]:
     data = settings.data
-    if data.source in ("text", "indexed") and not data.path:
-        kind = "a folder of text files" if data.source == "text" else "the prefix of .bin/.idx files"
+    if data.source in _READS and not data.path:
+        kind = _READS[data.source]
         yield Problem("data.path", f"is not set, but data.source '{data.source}' reads {kind}")
     if data.source in ("stdlib", "mock") and data.path:
         yield Problem(
             "data.path",
-            f"is '{data.path}', but data.source '{data.source}' reads no path; set data.source to 'text' or 'indexed'",
+            f"is '{data.path}', but data.source '{data.source}' reads no path; set data.source to 'text', "
+            "'indexed' or 'sft'",
         )
     for name in ("validation_path", "test_path"):
-        if getattr(data, name) and data.source != "indexed":
+        if getattr(data, name) and data.source not in ("indexed", "sft"):
             yield Problem(
                 f"data.{name}",
-                f"is '{getattr(data, name)}', but only data.source 'indexed' reads it, and it is '{data.source}'",
+                f"is '{getattr(data, name)}', but only data.source 'indexed' and 'sft' read it, and it is "
+                f"'{data.source}'",
             )
+    if data.source == "sft" and settings.parallel.context > 1:
+        yield Problem(
+            "parallel.context",
+            f"is {settings.parallel.context}, but data.source 'sft' packs several sequences into a row, which are not "
+            "cut over ranks; set it to 1",
+        )
     if len(data.split) != 3 or min(data.split, default=0.0) < 0 or not data.split[0] > 0:
         yield Problem(
             "data.split",

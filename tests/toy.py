@@ -2,7 +2,8 @@
 
 `python -m tests.toy SETTINGS.json...` runs the training that each file describes, one after the other, as one rank;
 tests start it under torchrun. A run whose name starts with "moved" has each weight moved by -1, 0 or 1 unit in the last
-place once its checkpoint is loaded. It imports torch only when it runs.
+place once its checkpoint is loaded; in one that is called "hangs", rank 1 never gets past its third batch. It imports
+torch only when it runs.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,21 @@ def join(number: int) -> None:
         dist.init_process_group("gloo", store=dist.PrefixStore(f"run {number}", store), rank=rank, world_size=size)
 
 
+def _hang() -> None:
+    """Have rank 1 sleep when it has its third batch."""
+    from hybrid.training import step
+
+    pack, seen = step.pack, []
+
+    def hang_in_the_third_batch(*arguments: Any) -> Any:
+        seen.append(arguments)
+        if len(seen) == 3 and os.environ.get("RANK") == "1":
+            time.sleep(3600)
+        return pack(*arguments)
+
+    step.pack = hang_in_the_third_batch
+
+
 def _main(files: list[str]) -> None:
     import hybrid.quiet  # noqa: F401
 
@@ -140,6 +157,8 @@ def _main(files: list[str]) -> None:
         join(number)
         run = settings_file.from_dict(json.loads(Path(file).read_text()), file)
         checkpoint.load = _load_and_move(load, run) if run.name.startswith("moved") else load
+        if run.name == "hangs":
+            _hang()
         train(run)
 
 

@@ -1,14 +1,11 @@
-"""Distributed checkpoints (torch_dist): written beside and renamed, so that a reader never sees half of one.
+"""What a distributed checkpoint (torch_dist) holds, and taking it up again; `saving.py` writes it.
 
-A checkpoint holds weights, optimizer, schedule, random state, how many samples have been read, and the settings. It is
+It holds weights, optimizer, schedule, random state, how many samples have been read, and the settings. It is
 megatron-core's own format: the global names and shapes do not depend on the layout it was saved from.
 """
 
-import os
-import queue
 import random
-import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -25,67 +21,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid import settings_file
 from hybrid.config import Settings
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem
 from hybrid.model import extra_state
-from hybrid.training import folder, optimizer_parts, torch_adam
-from hybrid.training.distributed import World
+from hybrid.training import optimizer_parts, torch_adam
 from hybrid.training.setup import Training
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come, and the fingerprint of the data it has read."""
+    """How far a run has come, the fingerprint of the data it has read, and its recent gradient norms."""
 
     step: int = 0
     samples: int = 0
     data: str = ""
-
-
-def save(checkpoints: Path, settings: Settings, training: Training, position: Position, world: World) -> Path:
-    """Save everything as `checkpoints/iter_NNNNNNN` and remove the oldest ones past `keep_last`.
-
-    Raises UserError on every rank when the disk is full or not writable; checkpoints saved before stay as they are.
-    """
-    final = folder.checkpoint_folder(checkpoints, position.step)
-    unfinished = checkpoints / f".saving-{final.name}"
-    error = ""
-    if world.is_main:
-        try:
-            folder.remove_unfinished(checkpoints)
-            unfinished.mkdir(parents=True)
-            settings_file.write(settings, unfinished)
-        except OSError as problem:
-            error = _say(problem)
-    if not world.any(bool(error)):
-        try:
-            metadata = _metadata(settings)
-            state = _state(training, metadata, position)
-            # A save in this process hands its results over in it; upstream would start a manager process for that.
-            filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
-            dist_checkpointing.save(
-                state, str(unfinished), content_metadata=_serialisable(metadata), async_strategy="mcore"
-            )
-        except (OSError, RuntimeError, CheckpointException) as problem:
-            error = _why_not_writable(unfinished) or _say(problem)
-    if world.any(bool(error)):
-        world.barrier()
-        if world.is_main:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        reason = error or "another process could not write"
-        raise UserError(f"{final}: this checkpoint was not saved ({reason}); earlier ones are intact")
-    if world.is_main:
-        if final.exists():
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        tracker = checkpoints / folder.TRACKER_FILE
-        beside = tracker.with_suffix(".new")
-        beside.write_text(str(position.step))
-        os.replace(beside, tracker)
-        if settings.checkpoint.keep_last:
-            for step in folder.checkpoint_steps(checkpoints)[: -settings.checkpoint.keep_last]:
-                shutil.rmtree(folder.checkpoint_folder(checkpoints, step))
-    world.barrier()
-    return final
+    norms: list[float] = field(default_factory=list)
 
 
 def load(path: Path, settings: Settings, training: Training) -> Position:
@@ -94,10 +43,10 @@ def load(path: Path, settings: Settings, training: Training) -> Position:
     same_layout = (saved.pipeline, saved.tensor) == (settings.parallel.pipeline, settings.parallel.tensor)
     try:
         metadata = dist_checkpointing.load_content_metadata(str(path)) or {}
-        metadata = {**metadata, **_metadata(settings)}
+        metadata = {**metadata, **content_metadata(settings)}
         torch_adam.prepare_to_load(training)
-        state = _state(training, metadata, Position(), load_from=path, with_random_state=same_layout)
-        loaded: Any = dist_checkpointing.load(state, str(path))
+        found = state(training, metadata, Position(), load_from=path, with_random_state=same_layout)
+        loaded: Any = dist_checkpointing.load(found, str(path))
     except (Exception, CheckpointException) as problem:
         raise _damaged(path, problem) from problem
     for index, chunk in enumerate(training.chunks):
@@ -107,7 +56,12 @@ def load(path: Path, settings: Settings, training: Training) -> Position:
     training.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:
         _set_random_state(loaded["rng_state"][0])
-    return Position(loaded["iteration"], loaded["consumed_samples"], loaded.get("data_fingerprint", ""))
+    return Position(
+        loaded["iteration"],
+        loaded["consumed_samples"],
+        loaded.get("data_fingerprint", ""),
+        loaded.get("gradient_norms", []),
+    )
 
 
 def load_weights(path: Path, chunks: list[MegatronModule]) -> None:
@@ -131,7 +85,7 @@ def unwrap(chunk: Any) -> MegatronModule:
     return model
 
 
-def _state(
+def state(
     training: Training,
     metadata: dict[str, Any],
     position: Position,
@@ -139,6 +93,7 @@ def _state(
     load_from: Path | None = None,
     with_random_state: bool = True,
 ) -> dict[str, Any]:
+    """What is saved, or with `load_from` what is asked of that checkpoint, in megatron-core's sharded form."""
     count = len(training.chunks)
     models = {}
     for index, chunk in enumerate(training.chunks):
@@ -149,7 +104,7 @@ def _state(
             model = extra_state.to_go_on(model, training.config, str(load_from))
         models[_model_key(index, count)] = model
     optimizer: Any = training.optimizer
-    state = {
+    found = {
         **models,
         "optimizer": optimizer.sharded_state_dict(
             models if count > 1 else models["model"], is_loading=load_from is not None, metadata=metadata
@@ -158,18 +113,19 @@ def _state(
         "iteration": position.step,
         "consumed_samples": position.samples,
         "data_fingerprint": position.data,
+        "gradient_norms": position.norms,
         "checkpoint_version": 3.0,
     }
     if with_random_state:
-        state["rng_state"] = _random_state()
-    return state
+        found["rng_state"] = _random_state()
+    return found
 
 
 def _model_key(index: int, count: int) -> str:
     return "model" if count == 1 else f"model{index}"
 
 
-def _metadata(settings: Settings) -> dict[str, Any]:
+def content_metadata(settings: Settings) -> dict[str, Any]:
     """What megatron-core's modules and optimizer ask about the format."""
     metadata: dict[str, Any] = {
         "singleton_local_shards": False,
@@ -181,7 +137,8 @@ def _metadata(settings: Settings) -> dict[str, Any]:
     return metadata
 
 
-def _serialisable(metadata: dict[str, Any]) -> dict[str, Any]:
+def serialisable(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What of it is written into a checkpoint."""
     return {key: value for key, value in metadata.items() if key != "dp_cp_group"}
 
 
@@ -214,27 +171,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
     _rng_tracker().set_states(state["rng_tracker_states"])
 
 
-def _why_not_writable(path: Path) -> str:
-    """What the system says to a small write; megatron-core's writer keeps it to itself. Empty if it says nothing."""
-    try:
-        with (path / "probe").open("wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-        (path / "probe").unlink()
-    except OSError as problem:
-        return _say(problem)
-    return ""
-
-
 def _damaged(path: Path, problem: BaseException) -> ConfigError:
-    message = f"this checkpoint is damaged ({_say(problem)}); remove it to go on from the one before it"
-    return ConfigError(Problem(str(path), message))
-
-
-def _say(problem: BaseException) -> str:
-    """One line of an exception; torch's CheckpointException ends with the one that caused it."""
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
-    return lines[-1] if isinstance(problem, CheckpointException) else lines[0]
+    reason = lines[-1] if isinstance(problem, CheckpointException) else lines[0]
+    message = f"this checkpoint is damaged ({reason}); remove it to go on from the one before it"
+    return ConfigError(Problem(str(path), message))

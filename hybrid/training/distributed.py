@@ -35,6 +35,23 @@ class World:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def gather(self, *values: float) -> list[list[float]]:
+        """Some numbers of each process in float64, by number and then by rank."""
+        if self.size == 1:
+            return [[value] for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        gathered = torch.empty(self.size * len(values), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(gathered, tensor)
+        return gathered.view(self.size, -1).T.tolist()
+
+    def texts(self, text: str) -> list[str]:
+        """A text of each process, by rank."""
+        if self.size == 1:
+            return [text]
+        texts: list[str] = [""] * self.size
+        dist.all_gather_object(texts, text)
+        return texts
+
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
         return self.total(float(flag))[0] > 0

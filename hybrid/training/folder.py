@@ -1,10 +1,11 @@
 """Where a run keeps its files, and how a checkpoint is found from what a user says. Imports no torch.
 
 runs/NAME/settings.json        what is run
+runs/NAME/starts.jsonl         one line a start: versions, machine, git
 runs/NAME/metrics.jsonl        one line a step
 runs/NAME/log.txt              what was said
 runs/NAME/checkpoints/latest_checkpointed_iteration.txt
-runs/NAME/checkpoints/iter_0000100/   torch_dist, with settings.json
+runs/NAME/checkpoints/iter_0000100/   torch_dist, with settings.json, versions.json, checksums.json, tokenizer/
 """
 
 import re
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from hybrid import settings_file
-from hybrid.config import Settings
+from hybrid.config import CheckpointConfig, Settings
 from hybrid.errors import ConfigError, Problem
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
 
@@ -20,6 +21,9 @@ METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 CHECKPOINTS = "checkpoints"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+TOKENIZER = "tokenizer"
+# What a folder is called that is being written or removed.
+UNFINISHED = ".saving-"
 
 # What may change between two starts of one run; anything else makes it another run.
 _MAY_CHANGE = (
@@ -61,15 +65,35 @@ def checkpoint_steps(checkpoints: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint's folder."""
+    match = _STEP.fullmatch(checkpoint.name)
+    assert match
+    return int(match[1])
+
+
 def latest_step(checkpoints: Path) -> int | None:
     """The newest finished checkpoint's step."""
     return max(checkpoint_steps(checkpoints), default=None)
 
 
 def remove_unfinished(checkpoints: Path) -> None:
-    """Remove what a save that was cut off left behind."""
-    for path in checkpoints.glob(".saving-*"):
+    """Remove what a save or a removal that was cut off left behind."""
+    for path in checkpoints.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_old(checkpoints: Path, keep: CheckpointConfig) -> None:
+    """Remove all but the newest `keep.keep_last` and each `keep.keep_every`th step's checkpoint."""
+    if not keep.keep_last:
+        return
+    for step in checkpoint_steps(checkpoints)[: -keep.keep_last]:
+        if keep.keep_every and step % keep.keep_every == 0:
+            continue
+        path = checkpoint_folder(checkpoints, step)
+        # Renamed first, so that one whose removal is cut off is not taken for a checkpoint.
+        gone = path.rename(checkpoints / f"{UNFINISHED}old-{path.name}")
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def refuse_other_run(settings: Settings) -> None:
@@ -87,6 +111,25 @@ def refuse_other_run(settings: Settings) -> None:
         raise ConfigError(problems)
 
 
+def foreign_format(path: Path) -> str:
+    """What a folder with a checkpoint of another format holds, in words; empty if it is none that is known."""
+    if (path / "config.json").is_file() and (any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))):
+        return "a Hugging Face checkpoint"
+    if any(path.glob("mp_rank_*/model_optim_rng.pt")) or any(path.glob("*/mp_rank_*/model_optim_rng.pt")):
+        return "a checkpoint of Megatron's legacy format"
+    if any(path.glob("*.distcp")) or any(path.glob("iter_*/*.distcp")):
+        return "a torch_dist checkpoint without the settings of a run of ours"
+    return ""
+
+
+def _own(path: Path, reference: str) -> Path:
+    """Return `path`. Raises ConfigError if it holds a checkpoint of another format."""
+    if not (path / SETTINGS_FILE).is_file() and (kind := foreign_format(path)):
+        way_out = f"`hybrid convert {reference} NEW_FOLDER --to torch_dist` makes one that a run can start from"
+        raise ConfigError(Problem(reference, f"is {kind}; {way_out}"))
+    return path
+
+
 def find_checkpoint(reference: str, runs: str = "runs") -> Path:
     """The checkpoint folder that a run's name, a run's folder or a checkpoint's folder means: the newest of several.
 
@@ -96,9 +139,10 @@ def find_checkpoint(reference: str, runs: str = "runs") -> Path:
         for checkpoints in (base / CHECKPOINTS, base):
             step = latest_step(checkpoints)
             if step is not None:
-                return checkpoint_folder(checkpoints, step)
+                return _own(checkpoint_folder(checkpoints, step), reference)
         if (base / "metadata.json").is_file() and (base / SETTINGS_FILE).is_file():
             return base
+        _own(base, reference)
     if (Path(reference) / SETTINGS_FILE).is_file() or (Path(runs) / reference / SETTINGS_FILE).is_file():
         raise ConfigError(
             Problem(reference, "this run has no finished checkpoint yet; run the same `hybrid pretrain` again to go on")

@@ -1,9 +1,7 @@
 """The training loop: settings in, a run's folder with metrics and checkpoints out."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +9,29 @@ import hybrid.quiet  # noqa: F401
 
 # isort: split
 import torch
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
 from hybrid import settings_file
 from hybrid.checks import require
 from hybrid.config import Settings
+from hybrid.costs.hardware import GIB
 from hybrid.costs.pipeline import stage_pattern
-from hybrid.data.datasets import batches, build_datasets
-from hybrid.data.tokenizer import load_tokenizer
-from hybrid.errors import UserError
+from hybrid.data.datasets import Datasets, build_datasets
+from hybrid.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.model import kernels
-from hybrid.model.context import own_part
 from hybrid.pattern import LAYER_KINDS, Pattern
-from hybrid.training import checkpoint, folder
+from hybrid.training import checkpoint, checksums, folder, provenance, resume, trackers
 from hybrid.training.checkpoint import Position
 from hybrid.training.distributed import World, start, stop, world_size
+from hybrid.training.faults import BadStep, Judge
 from hybrid.training.interrupt import Interrupt
+from hybrid.training.metrics import Clock, OwnTime, Rates, memory_gib, over_ranks
+from hybrid.training.profiling import Profiling
 from hybrid.training.report import Report
+from hybrid.training.saving import Saved, Saver
 from hybrid.training.setup import Training, set_up
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The sum of the losses over some tokens, in nats, their number, and the bytes of text they stand for."""
-
-    total: float
-    tokens: float
-    size: float
-
-    @property
-    def mean(self) -> float:
-        """Loss a token."""
-        return self.total / max(self.tokens, 1.0)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits that a byte of the text costs; comparable between tokenizers."""
-        return self.total / math.log(2) / max(self.size, 1.0)
+from hybrid.training.step import Batches, Stepper, micro_batch_loader
+from hybrid.training.watchdog import Watchdog
 
 
 def train(settings: Settings) -> None:
@@ -59,87 +41,179 @@ def train(settings: Settings) -> None:
     """
     require(settings, world_size())
     kernels.require(settings)
+    trackers.require(settings)
     pattern = stage_pattern(settings)
     virtual = len(pattern.segments) // settings.parallel.pipeline
     world = start(settings.parallel, virtual if virtual > 1 else None, settings.trainer.seed)
     try:
         run = Path(settings.folder) / settings.name
         if world.is_main:
-            _open_folder(settings, run)
+            _open_folder(settings, run, world)
         world.barrier()
         _run(settings, pattern, run, world)
     finally:
         stop()
 
 
-def _open_folder(settings: Settings, run: Path) -> None:
+def _open_folder(settings: Settings, run: Path, world: World) -> None:
     """Make the run's folder, or take it up again if it holds the same run."""
     folder.refuse_other_run(settings)
     try:
         run.mkdir(parents=True, exist_ok=True)
         settings_file.write(settings, run)
+        provenance.record(run, world.size, _device_name(world.device))
+        folder.remove_unfinished(run / folder.CHECKPOINTS)
     except OSError as error:
         raise UserError(f"{run}: the run's folder cannot be written: {error.strerror}") from None
 
 
 def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
     trainer = settings.trainer
-    checkpoints = run / folder.CHECKPOINTS
-    latest = folder.latest_step(checkpoints)
-    tokens_per_step = trainer.global_batch_size * settings.data.sequence_length
-    with Report(run, trainer.steps, latest or 0, tokens_per_step, speaks=world.is_main) as report:
+    with Report(run, trainer.steps, speaks=world.is_main) as report:
         for line in describe(settings, pattern, world):
             report.say(line)
-        if latest is not None and latest >= trainer.steps:
-            report.say(f"finished: step {latest} of {trainer.steps} is done; raise trainer.max_steps to go on")
+        latest = resume.newest_whole(run / folder.CHECKPOINTS, world, report.say)
+        if latest is not None and folder.step_of(latest) >= trainer.steps:
+            step = folder.step_of(latest)
+            report.say(f"finished: step {step} of {trainer.steps} is done; raise trainer.max_steps to go on")
             return
-        tokenizer = load_tokenizer(settings.data.tokenizer)
+        source = None if latest else _source(settings)
+        tokenizer = _tokenizer(settings.data.tokenizer, latest)
         datasets = build_datasets(
             settings,
             tokenizer,
             train_samples=trainer.samples,
             validation_samples=trainer.eval_steps * trainer.global_batch_size,
         )
-        token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
         training = set_up(settings, pattern, world.device)
+        judge = Judge(settings.faults)
         position = Position(data=datasets.fingerprint)
         if latest is not None:
-            position = checkpoint.load(folder.checkpoint_folder(checkpoints, latest), settings, training)
+            position = checkpoint.load(latest, settings, training)
+            judge.remember(position.norms)
             report.say(f"goes on from step {position.step}")
             if position.data != datasets.fingerprint:
                 report.say("warning: the data has changed since; what follows is not what this run would have read")
                 position = replace(position, data=datasets.fingerprint)
-        elif settings.checkpoint.load:
-            source = folder.find_checkpoint(settings.checkpoint.load, settings.folder)
+        elif source is not None:
             checkpoint.load_weights(source, [checkpoint.unwrap(chunk) for chunk in training.chunks])
             training.optimizer.reload_model_params()
             report.say(f"starts from the weights in {source}")
         parameters = world.total(training.parameters() / _copies(settings, world))[0]
         report.say(f"{parameters:,.0f} parameters; run folder {run}")
+        if world.is_main:
+            report.sinks = trackers.connect(settings, run)
+        report.begin(position.step)
+        clock = Clock()
+        token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
+        saver = Saver(run / folder.CHECKPOINTS, settings, tokenizer, world)
+        with Watchdog(settings.faults.hang_seconds, world.rank) as watchdog, Interrupt() as interrupt:
+            stepper = Stepper(settings, training, token_bytes, world, clock, judge, watchdog.beat)
+            _Loop(settings, world, report, datasets, training, stepper, saver, run, interrupt, position).run()
 
-        with Interrupt() as interrupt:
-            data = [iter(_batches(settings, datasets.train, position.samples)) for _ in training.chunks]
-            saved = position
-            while position.step < trainer.steps:
-                values = _step(settings, training, data, token_bytes, position, world)
-                position = replace(
-                    position, step=position.step + 1, samples=position.samples + trainer.global_batch_size
+
+@dataclass
+class _Loop:
+    """The steps of a run, from a position to the end."""
+
+    settings: Settings
+    world: World
+    report: Report
+    datasets: Datasets
+    training: Training
+    stepper: Stepper
+    saver: Saver
+    folder: Path
+    interrupt: Interrupt
+    position: Position
+
+    def run(self) -> None:
+        """Train to the last step, or until somebody asks to stop: then SystemExit, with the exit code that says so."""
+        trainer, clock = self.settings.trainer, self.stepper.clock
+        data: Batches = [
+            iter(micro_batch_loader(self.settings, self.datasets.train, self.position.samples))
+            for _ in self.training.chunks
+        ]
+        own, rates = OwnTime(self.world.device), Rates(self.settings, self.world)
+        hooks: Any = self.training.config
+        hooks.finalize_model_grads_func = own.before(hooks.finalize_model_grads_func)
+        with Profiling(trainer, self.folder, self.world, self.position.step) as profiling:
+            clock.take()
+            while self.position.step < trainer.steps:
+                own.mark(end=False)
+                batch = trainer.global_batch_size
+                values = self._step(data, batch)
+                step, last = self.position.step, self.position.step == trainer.steps
+                phases = clock.take()
+                of_ranks = self.world.gather(
+                    own.seconds(), phases["data"], memory_gib(self.world.device), float(self.interrupt.wanted)
                 )
-                report.step(position.step, values, write=position.step % trainer.log_interval == 0)
-                stop_now = world.any(interrupt.wanted)
-                last = position.step == trainer.steps
-                if last or (trainer.eval_interval and position.step % trainer.eval_interval == 0 and not stop_now):
-                    for name, held_out in datasets.validation.items():
-                        losses = _validate(settings, training, held_out, token_bytes, world)
-                        report.validation(position.step, name, losses.mean, losses.bits_per_byte)
-                if last or stop_now or position.step % settings.checkpoint.save_interval == 0:
-                    checkpoint.save(checkpoints, settings, training, position, world)
-                    saved = position
-                    report.pause()
+                stop_now = any(of_ranks[3])
+                seconds = sum(phases[phase] for phase in ("data", "forward_backward", "optimizer", "other"))
+                tokens = batch * self.settings.data.sequence_length
+                if values is not None:
+                    values |= {"samples": self.position.samples, "step_seconds": seconds} | rates.of(tokens, seconds)
+                    values |= {f"{phase}_seconds": spent for phase, spent in phases.items()} | over_ranks(*of_ranks[:3])
+                    self.report.step(step, values, tokens, seconds, write=step % trainer.log_interval == 0)
+                for line in profiling.after(step):
+                    self.report.say(line)
+                with clock("save"):
+                    self._tell(self.saver.poll())
+                if last or (trainer.eval_interval and step % trainer.eval_interval == 0 and not stop_now):
+                    self._validate()
+                    stop_now = self.world.any(self.interrupt.wanted)
+                if last or stop_now or step % self.settings.checkpoint.save_interval == 0:
+                    self._save(wait=last or stop_now)
                 if stop_now and not last:
-                    report.say(f"interrupted: step {saved.step} is saved; the same command goes on from there")
-                    raise interrupt.exit()
-        report.say(f"done: {position.step} steps, checkpoint {folder.checkpoint_folder(checkpoints, position.step)}")
+                    self.report.say(f"interrupted: step {step} is saved; the same command goes on from there")
+                    raise self.interrupt.exit()
+        path = folder.checkpoint_folder(self.folder / folder.CHECKPOINTS, self.position.step)
+        self.report.say(f"done: {self.position.step} steps, checkpoint {path}")
+
+    def _step(self, data: Batches, batch: int) -> dict[str, Any] | None:
+        """One step of `batch` samples; None if it was a bad one, whose update is left out."""
+        step, samples = self.position.step + 1, self.position.samples + batch
+        try:
+            values = self.stepper.step(data, step, batch)
+        except BadStep as bad:
+            self.stepper.judge.count(step, bad)
+            told = self._roll_back() if bad.policy == "rollback" else "its update is left out"
+            self.report.say(f"warning: step {step}: {bad.what}; {told}")
+            self.report.write(step, {"bad_step": bad.what})
+            # The schedule goes on with the data, also from a checkpoint's place in it.
+            self.training.scheduler.step(increment=samples - self.training.scheduler.num_steps)
+            values = None
+        self.position = replace(self.position, step=step, samples=samples)
+        return values
+
+    def _roll_back(self) -> str:
+        """Take up the last checkpoint's weights, optimizer and random state; returns what there is to say about it."""
+        self._tell(self.saver.poll(wait=True))
+        latest = resume.newest_whole(self.folder / folder.CHECKPOINTS, self.world, self.report.say)
+        if latest is None:
+            raise UserError(
+                f"step {self.position.step + 1}: a bad step, and no checkpoint yet to roll back to; lower "
+                "optimizer.lr, or save earlier (checkpoint.save_interval)"
+            )
+        self.stepper.judge.remember(checkpoint.load(latest, self.settings, self.training).norms)
+        return f"rolled back to the checkpoint of step {folder.step_of(latest)}, and reads on after the bad batch"
+
+    def _validate(self) -> None:
+        with self.stepper.clock("validation"):
+            for name, held_out in self.datasets.validation.items():
+                losses = self.stepper.validate(held_out, name)
+                self.report.validation(self.position.step, name, losses.mean, losses.bits_per_byte)
+
+    def _save(self, *, wait: bool) -> None:
+        self.stepper.progress(f"saving step {self.position.step}")
+        with self.stepper.clock("save"):
+            position = replace(self.position, norms=self.stepper.judge.norms)
+            self._tell(self.saver.save(self.training, position, wait=wait))
+
+    def _tell(self, finished: list[Saved]) -> None:
+        for saved in finished:
+            values = {"saved_step": saved.step, "saved_seconds": saved.seconds, "saved_gib": saved.size / GIB}
+            self.report.write(self.position.step, {**values, "save_stall_seconds": saved.stall_seconds})
 
 
 def describe(settings: Settings, pattern: Pattern, world: World) -> Iterator[str]:
@@ -158,121 +232,32 @@ def describe(settings: Settings, pattern: Pattern, world: World) -> Iterator[str
     )
 
 
+def _source(settings: Settings) -> Path | None:
+    """The checkpoint whose weights the run starts from. Raises ConfigError if it cannot fit or is damaged."""
+    if not settings.checkpoint.load:
+        return None
+    source = folder.find_checkpoint(settings.checkpoint.load, settings.folder)
+    resume.refuse_newer(source)
+    resume.refuse_other_model(source, settings)
+    if damage := checksums.damage(source):
+        raise ConfigError(Problem("checkpoint.load", f"the checkpoint '{source}' is damaged ({damage})"))
+    return source
+
+
+def _tokenizer(spec: str, latest: Path | None) -> Tokenizer:
+    """The run's tokenizer; the one that its checkpoint carries if the files it was named by are gone."""
+    try:
+        return load_tokenizer(spec)
+    except ConfigError:
+        if latest is None or not (latest / folder.TOKENIZER).is_dir():
+            raise
+        return load_tokenizer(str(latest / folder.TOKENIZER))
+
+
 def _copies(settings: Settings, world: World) -> int:
     """Ranks that hold the same parameters."""
     return world.size // (settings.parallel.tensor * settings.parallel.pipeline)
 
 
-def _batches(settings: Settings, dataset: Any, consumed_samples: int = 0, *, fill_up: bool = False) -> Any:
-    """This rank's micro batches of a dataset, from a sample on."""
-    return batches(
-        dataset,
-        consumed_samples=consumed_samples,
-        micro_batch_size=settings.trainer.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        num_workers=settings.data.num_workers,
-        fill_up=fill_up,
-    )
-
-
-def _micro_batches(settings: Settings) -> int:
-    """Micro batches of one step on one rank."""
-    return settings.trainer.global_batch_size // (
-        settings.trainer.micro_batch_size * parallel_state.get_data_parallel_world_size()
-    )
-
-
-def _forward_step(token_bytes: Tensor, batch_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Any]:
-    """What Megatron's schedules call for each micro batch. token_bytes (vocabulary)."""
-    part = partial(
-        own_part,
-        rank=parallel_state.get_context_parallel_rank(),
-        ranks=parallel_state.get_context_parallel_world_size(),
-    )
-    batch = {key: part(value).to(token_bytes.device, non_blocking=True) for key, value in next(batch_iterator).items()}
-    mask = batch["loss_mask"]
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=mask)
-    size = (token_bytes[batch["labels"]] * mask).sum()
-    return output, partial(_loss, mask, size)
-
-
-def _loss(loss_mask: Tensor, size: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses (B, S) under the mask, tokens counted, and (sum, tokens, bytes) for the report."""
-    total = (losses.float() * loss_mask).sum()
-    tokens = loss_mask.sum()
-    return total, tokens.to(torch.int), torch.stack([total.detach().double(), tokens.double(), size.double()])
-
-
-def _step(
-    settings: Settings,
-    training: Training,
-    data: list[Iterator[dict[str, Tensor]]],
-    token_bytes: Tensor,
-    position: Position,
-    world: World,
-) -> dict[str, float]:
-    """One optimizer step; what is to be recorded of it."""
-    for chunk in training.chunks:
-        chunk.zero_grad_buffer()
-    training.optimizer.zero_grad()
-    sums = _forward_backward(settings, training, data, token_bytes, _micro_batches(settings), forward_only=False)
-    losses = _total(sums, world)
-    if not math.isfinite(losses.mean):
-        raise UserError(
-            f"step {position.step + 1}: the loss is {losses.mean}; nothing of this step is kept. Lower optimizer.lr or "
-            "look at the data, then run the same command to go on from the last checkpoint"
-        )
-    optimizer: Any = training.optimizer
-    _, grad_norm, _ = optimizer.step()
-    training.scheduler.step(increment=settings.trainer.global_batch_size)
-    return {
-        "samples": position.samples + settings.trainer.global_batch_size,
-        "loss": losses.mean,
-        "bits_per_byte": losses.bits_per_byte,
-        "lr": optimizer.param_groups[0]["lr"],
-        "grad_norm": float(grad_norm or 0.0),
-    }
-
-
-def _validate(settings: Settings, training: Training, dataset: Any, token_bytes: Tensor, world: World) -> Losses:
-    """Losses over a held-out set: the same sequences every time."""
-    loader = _batches(settings, dataset, fill_up=True)
-    for chunk in training.chunks:
-        chunk.eval()
-    with torch.no_grad():
-        data = [iter(loader) for _ in training.chunks]
-        sums = _forward_backward(settings, training, data, token_bytes, len(loader), forward_only=True)
-    for chunk in training.chunks:
-        chunk.train()
-    return _total(sums, world)
-
-
-def _forward_backward(
-    settings: Settings,
-    training: Training,
-    data: list[Iterator[dict[str, Tensor]]],
-    token_bytes: Tensor,
-    micro_batches: int,
-    *,
-    forward_only: bool,
-) -> list[Tensor]:
-    """Megatron's schedule over some micro batches; the last stage's (sum of losses, tokens, bytes) of each."""
-    forward_backward: Any = get_forward_backward_func()
-    return forward_backward(
-        forward_step_func=partial(_forward_step, token_bytes),
-        data_iterator=data if len(data) > 1 else data[0],
-        model=training.chunks if len(data) > 1 else training.chunks[0],
-        num_microbatches=micro_batches,
-        seq_length=settings.data.sequence_length,
-        micro_batch_size=settings.trainer.micro_batch_size,
-        forward_only=forward_only,
-    )
-
-
-def _total(sums: list[Tensor], world: World) -> Losses:
-    """The sums over all processes. Only the last pipeline stage has any; its tensor-parallel ranks have the same."""
-    own = [0.0, 0.0, 0.0]
-    if sums and parallel_state.get_tensor_model_parallel_rank() == 0:
-        own = torch.stack(sums).sum(0).tolist()
-    return Losses(*world.total(*own))
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -184,12 +184,13 @@ def test_a_checkpoint_of_ours_keeps_its_optimizer(tmp_path: Path, trained: Calla
     """What training saves (torch_dist) -> legacy over 2 ranks -> torch_dist, which training can take up."""
     from hybrid.training import checkpoint
     from hybrid.training.distributed import World
+    from hybrid.training.saving import Saver
 
     settings = run_settings(make_model("hybrid"), distributed=True)
     training = trained(settings)
     expected = main_state(training)
     world = World(0, 1, torch.device("cpu"))
-    checkpoint.save(tmp_path / "run", settings, training, checkpoint.Position(4, 32), world)
+    Saver(tmp_path / "run", settings, None, world).save(training, checkpoint.Position(4, 32), wait=True)
     convert.convert(tmp_path / "run", tmp_path / "a", "megatron", tensor=2, optimizer=True)
     convert.convert(tmp_path / "a", tmp_path / "b", "torch_dist", tensor=2, optimizer=True)
     opened = [convert.open_checkpoint(tmp_path / name) for name in ("run", "b")]

@@ -236,7 +236,26 @@ def test_right_settings_have_no_problem():
         # Data and name
         ({"data__source": "text"}, None, "data.path", "is not set"),
         ({"data__path": "/books"}, None, "data.path", "reads no path"),
-        ({"data__test_path": "/x"}, None, "data.test_path", "only data.source 'indexed' reads it"),
+        ({"data__test_path": "/x"}, None, "data.test_path", "only data.source 'indexed' and 'sft' read it"),
+        ({"data__source": "sft"}, None, "data.path", "reads JSONL files of examples"),
+        (
+            {"data__source": "sft", "data__path": "x", "parallel__context": 2},
+            None,
+            "parallel.context",
+            "set it to 1",
+        ),
+        ({"trainer__rampup_batch_size": [2, 2]}, None, "trainer.rampup_batch_size", "must be"),
+        ({"trainer__rampup_batch_size": [2, 4, 100]}, None, "trainer.rampup_batch_size", "does not lead to"),
+        ({"trainer__rampup_batch_size": [2, 2, 100]}, 4, "trainer.rampup_batch_size", "nearest: 4"),
+        ({"optimizer__warmup_steps": 10}, None, "optimizer.warmup_steps", "that is 80 samples"),
+        ({"optimizer__warmup_steps": 10}, None, "optimizer.warmup_steps", "nearest: 9"),
+        ({"optimizer__warmup_tokens": 64 * 80}, None, "optimizer.warmup_tokens", "that is 80 samples"),
+        (
+            {"optimizer__warmup_tokens": 64, "optimizer__warmup_steps": 1},
+            None,
+            "optimizer.warmup_steps",
+            "are both set",
+        ),
         ({"data__split": [1.0, 0.0]}, None, "data.split", "three shares"),
         ({"name": "a/b"}, None, "name", "is 'a/b'"),
         # Types and ranges
@@ -276,7 +295,7 @@ def test_fp8_takes_multiples_of_16(changes, place, words):
 def test_every_number_has_a_range():
     """A new field without one would let -1 through. The first three are the layer pattern's to judge."""
     judged_elsewhere = {"model.num_layers", "model.attention_ratio", "model.mlp_ratio"}
-    judged_elsewhere |= {"data.split", "model.mamba_version"}
+    judged_elsewhere |= {"data.split", "model.mamba_version", "trainer.profile", "trainer.rampup_batch_size"}
     numbers = {
         f"{section}.{name}"
         for section, config in vars(settings()).items()

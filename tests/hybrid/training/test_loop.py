@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_is_named(finished: Settings, tmp_path: Path) -> No
     checkpoint = folder.checkpoint_folder(tmp_path / "whole/checkpoints", step)
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
+    (checkpoint / "checksums.json").unlink()  # as one that has none, of an older version
     with pytest.raises(ConfigError, match=f"{checkpoint.name}: this checkpoint is damaged"):
         train(run)
 
@@ -121,7 +122,9 @@ def test_no_write_permission_is_one_sentence(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     run = toy.settings(tmp_path, optimizer={"lr": 1e30, "min_lr": 1e30, "clip_grad": 0.0})
-    with pytest.raises(UserError, match=r"step \d: the loss is (nan|inf)"):
+    with pytest.raises(
+        UserError, match=r"step \d: the (loss|gradient norm) is (nan|inf); nothing of this step is kept"
+    ):
         train(run)
 
 

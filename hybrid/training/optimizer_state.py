@@ -1,0 +1,75 @@
+"""The distributed optimizer's state on its way into a checkpoint.
+
+megatron-core gathers it through memory of the CPU that is not pinned, on every data parallel rank: seconds in which a
+GPU does nothing. Here it stays on the GPU where there is room for it, and only the first data parallel rank, which
+writes it, gets it. What is written is the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+# Share of the GPU's free memory that the gathered state may take.
+_SHARE = 0.7
+
+
+@contextmanager
+def kept_on_device(optimizer: Any) -> Iterator[None]:
+    """While entered, on CUDA, the optimizer's sharded state is made this way."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer]) if torch.cuda.is_available() else []
+    parts = [part for part in parts if isinstance(part, DistributedOptimizer)]
+    for part in parts:
+        part.get_parameter_state_dp_zero = partial(_gather, part)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.get_parameter_state_dp_zero
+
+
+def _gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
+    """`DistributedOptimizer.get_parameter_state_dp_zero`: each buffer's parameters and moments as one tensor each."""
+    group = optimizer.data_parallel_group
+    first, size = dist.get_process_group_ranks(group)[0], group.size()
+    is_first = group.rank() == 0
+    keys = ("param", *optimizer.optimizer_state_keys)
+    device = torch.device("cuda", torch.cuda.current_device())
+    wanted = sum(buffer.numel_unpadded for buffer in optimizer.buffers) * 4 * len(keys)
+    target = device if wanted < _SHARE * _free_memory(device) else torch.device("cpu")
+    state: dict[Any, Any] = {"buckets_coalesced": True}
+    for index, ranges in enumerate(optimizer.gbuf_ranges):
+        buffer = optimizer.buffers[index]
+        ((dtype, bucket_ranges),) = ranges.items()
+        whole = {}
+        if is_first:
+            whole = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32, device=target) for key in keys}
+        offset = 0
+        for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
+            numel = bucket.grad_data.numel()
+            shards = {key: torch.zeros(numel // size, dtype=torch.float32, device=device) for key in keys}
+            for parameter, places in bucket_range["param_map"].items():
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                place = places["gbuf_local"]
+                for key, shard in shards.items():
+                    shard[place.start : place.end].copy_(tensors[key].detach().flatten())
+            for key, shard in shards.items():
+                gathered = shard
+                if size > 1:
+                    gathered = torch.empty(numel if is_first else 0, dtype=torch.float32, device=device)
+                    dist.gather(shard, list(gathered.chunk(size)) if is_first else None, dst=first, group=group)
+                if is_first:
+                    whole[key][offset : offset + bucket.numel_unpadded].copy_(gathered[: bucket.numel_unpadded])
+            offset += bucket.numel_unpadded
+        state[index] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
+    return state if is_first else None
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken, those that PyTorch holds without using them included."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
