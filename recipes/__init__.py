@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from recipes.executors import docker as docker
     from recipes.executors import local as local
     from recipes.executors import slurm as slurm
+    from recipes.generating import open_generator as open_generator
     from recipes.laptop import tiny as tiny
     from recipes.launching import launch as launch
     from recipes.nemo import to_nemo_run as to_nemo_run
@@ -53,6 +54,7 @@ _HOME = {
     "shrink": "recipes.variants",
     "to_nemo_run": "recipes.nemo",
     "launch": "recipes.launching",
+    "open_generator": "recipes.generating",
     "local": "recipes.executors",
     "slurm": "recipes.executors",
     "docker": "recipes.executors",

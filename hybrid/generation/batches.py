@@ -1,0 +1,145 @@
+"""Many prompts from a file of JSON lines to a file of JSON lines."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, get_type_hints
+
+from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.generation.generator import Generator
+from hybrid.generation.sampling import NAMES, Sampling
+
+Request = tuple[str | list[int], Sampling]
+
+
+def check(prompt: str, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an empty prompt and settings that make no sense, all of it at once."""
+    problems = [] if prompt else [Problem("prompt", "is empty; give the text to go on from")]
+    try:
+        Sampling(**settings)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
+    """Read lines such as {"prompt": "def ", "seed": 1}; what a line does not say is as in `settings`.
+
+    Raises ConfigError with everything that is wrong, by line.
+    """
+    try:
+        lines = (sys.stdin.read() if str(path) == "-" else path.read_text()).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem("--batch", f"'{path}' cannot be read: {error}")) from None
+    requests, problems = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            requests.append(_request(line, settings))
+        except ConfigError as error:
+            problems += [Problem(f"{path}:{number} {each.place}".rstrip(), each.message) for each in error.problems]
+    if not requests and not problems:
+        problems.append(Problem("--batch", f"'{path}' has no lines"))
+    if problems:
+        raise ConfigError(problems)
+    return requests
+
+
+def _request(line: str, settings: Mapping[str, Any]) -> Request:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(Problem("", f"is no JSON: {error}")) from None
+    if not isinstance(values, dict):
+        raise ConfigError(Problem("", 'is no object such as {"prompt": "def "}'))
+    prompt = values.pop("prompt", None)
+    problems = []
+    if not prompt or not (isinstance(prompt, str) or _are(prompt, int)):
+        problems.append(Problem("prompt", "must be a text or a list of tokens, and not empty"))
+    for name, value in values.items():
+        if name not in NAMES:
+            problems.append(Problem(name, f"is no setting; there are {', '.join(sorted(NAMES))}"))
+        elif not _fits(name, value):
+            problems.append(Problem(name, f"is {value!r}, which is not of its type"))
+    if problems:
+        raise ConfigError(problems)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return prompt, Sampling(**{**settings, **values})
+
+
+_TYPES = {name: hint for name, hint in get_type_hints(Sampling).items() if name in NAMES}
+
+
+def _fits(name: str, value: Any) -> bool:
+    hint = _TYPES[name]
+    if hint in (tuple[str, ...], tuple[int, ...]):
+        return _are(value, str if hint == tuple[str, ...] else int)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _are(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
+
+
+def refuse_output(output: Path | None) -> None:
+    """Raise ConfigError if the output cannot be written to."""
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(Problem("--output", f"'{output}' is in a folder that does not exist"))
+    if output is not None and output.is_dir():
+        raise ConfigError(Problem("--output", f"'{output}' is a folder"))
+
+
+def run(
+    model: Generator, requests: list[Request], output: Path | None, report: Callable[[str], None] | None = None
+) -> None:
+    """Write a line for each request, in their order, as they get finished; the file appears when it is complete."""
+    encoded = [(model.encode(prompt), sampling) for prompt, sampling in requests]
+    problems = []
+    for number, (prompt, sampling) in enumerate(encoded, 1):
+        try:
+            model.engine.check(prompt, sampling)
+        except ConfigError as error:
+            problems += [Problem(f"request {number} {each.place}", each.message) for each in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    started, tokens, written = time.monotonic(), 0, 0
+    finished: dict[int, str] = {}
+    with _writing(output) as file:
+        for done, (index, text) in enumerate(model.run(encoded), 1):
+            tokens += len(text.tokens)
+            result = {"prompt": requests[index][0], "text": text.text, "finish_reason": text.reason}
+            if requests[index][1].logprobs is not None:
+                result["tokens"] = [vars(token) for token in text.tokens]
+            finished[index] = json.dumps(result, ensure_ascii=False)
+            while written in finished:
+                file.write(finished.pop(written) + "\n")
+                written += 1
+            if report:
+                speed = tokens / max(time.monotonic() - started, 1e-9)
+                report(f"{done} of {len(requests)}, {tokens:,} tokens, {speed:,.0f} tokens/s")
+
+
+@contextmanager
+def _writing(output: Path | None) -> Any:
+    """stdout, or a file beside `output` that takes its place at the end."""
+    if output is None:
+        yield sys.stdout
+        return
+    part = output.with_name(f".{output.name}.part")
+    try:
+        file: TextIO
+        with part.open("w") as file:
+            yield file
+        os.replace(part, output)
+    except OSError as error:
+        raise UserError(f"{output} was not written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,283 @@
+"""Continuous batching: sequences come and go while the others go on.
+
+A thread of its own goes round: take in what waits, read one piece of one prompt, decode one position of all sequences
+that have been read. So a long prompt holds the others up by one piece at a time, and several prompts take turns.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.generation.runner import Runner
+from hybrid.generation.sampling import Chosen, Row, Sampling, choose, logprobs, new_key
+
+Reason = Literal["stop", "length", "cancelled", "error"]
+
+
+class QueueFull(UserError):
+    """As many requests wait as may."""
+
+
+class Closed(UserError):
+    """The engine takes no more requests."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One sequence, and whom to tell of it; all of `on_...` are called on the engine's thread.
+
+    `on_token` says whether the sequence ends with this token; `on_prompt` gets what the prompt's tokens after the first
+    had as log-probabilities, if that was asked for; `on_end` is called once, with the reason.
+    """
+
+    prompt: list[int]
+    sampling: Sampling
+    on_token: Callable[[Chosen], bool]
+    on_end: Callable[[Reason], None]
+    on_prompt: Callable[[list[Chosen]], None] | None = None
+    number: int = 0  # which of several texts for one prompt
+    cancelled: bool = False
+    row: Row = field(init=False)
+    slot: int = -1  # of the state, while its prompt is read
+    read: int = 0  # positions of the prompt
+    last: int = 0  # the token that is to be read next
+    before: Tensor | None = None  # logits (vocabulary) of the last position that was read, if the prompt is scored
+    submitted: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        seen = set(self.prompt) if self.sampling.repetition_penalty != 1 else set()
+        self.row = Row(self.sampling, new_key(self.sampling.seed, self.number), seen=seen)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return self.sampling.echo and self.sampling.logprobs is not None
+
+
+class Engine:
+    """Runs jobs on a runner in a thread of its own; `submit` and `cancel` may be called from any thread."""
+
+    def __init__(self, runner: Runner, end: int, max_waiting: int = 256):
+        """`end` is the token that ends a document."""
+        self.runner, self.end, self.max_waiting = runner, end, max_waiting
+        self.failure: BaseException | None = None
+        self.steps = 0
+        self._waiting: deque[Job] = deque()
+        self._reading: deque[Job] = deque()
+        self._decoding: list[Job] = []
+        self._free = list(runner.reading_rows)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not been begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Jobs that hold a slot."""
+        return len(self._reading) + len(self._decoding)
+
+    def check(self, prompt: list[int], sampling: Sampling) -> None:
+        """Raise ConfigError for what this model cannot do."""
+        vocabulary, most = self.runner.weights.vocab_size, self.runner.room.max_length
+        problems = []
+        if not prompt:
+            problems.append(Problem("prompt", "is empty; give the text to go on from"))
+        if outside := [token for token in (*prompt, *sampling.stop_tokens) if not 0 <= token < vocabulary]:
+            problems.append(
+                Problem("prompt", f"has token {outside[0]}; the vocabulary has those from 0 to {vocabulary - 1}")
+            )
+        if len(prompt) + sampling.max_tokens > most:
+            problems.append(
+                Problem(
+                    "max_tokens",
+                    f"is {sampling.max_tokens}, and the prompt has {len(prompt)} tokens; together they may be {most}",
+                )
+            )
+        if problems:
+            raise ConfigError(problems)
+
+    def submit(self, *jobs: Job) -> None:
+        """Queue jobs, all of them or none. Raises ConfigError, QueueFull or Closed."""
+        for job in jobs:
+            self.check(job.prompt, job.sampling)
+        with self._changed:
+            if self._closing or self.failure:
+                raise Closed("the model is not taking requests any more")
+            # What a free slot takes at once does not wait.
+            free = max(0, self.runner.room.slots - self.running - len(self._waiting))
+            if len(self._waiting) + len(jobs) > self.max_waiting + free:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, *jobs: Job) -> None:
+        """End jobs, as soon as the step that is being computed is done. Those that have ended stay as they are."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self._changed.notify()
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Take no more jobs, finish those there are within `timeout` seconds (None: for ever), cancel the others.
+
+        Returns whether all were finished.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        finished = not self._thread.is_alive()
+        if not finished:
+            with self._changed:
+                jobs = [*self._waiting, *self._reading, *self._decoding]
+            self.cancel(*jobs)
+            self._thread.join()
+        return finished
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._drop_cancelled()
+                self._admit()
+                if self._reading:
+                    self._read()
+                if self._decoding:
+                    self._decode()
+            self.runner.stop()
+        except BaseException as error:  # whatever it is, those who wait must hear of it
+            with self._changed:
+                self.failure = error
+            for job in [*self._decoding, *self._reading, *self._waiting]:
+                job.on_end("error")
+            self._decoding, self._reading = [], deque()
+            self._waiting.clear()
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; False if that will not come."""
+        with self._changed:
+            while not (self._waiting or self._reading or self._decoding):
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [job for job in self._waiting if job.cancelled]
+            for job in gone:
+                self._waiting.remove(job)
+        for job in gone:
+            job.on_end("cancelled")
+        for job in [job for job in self._reading if job.cancelled]:
+            self._reading.remove(job)
+            self._end_reading(job, "cancelled")
+        for slot in range(len(self._decoding) - 1, -1, -1):
+            if self._decoding[slot].cancelled:
+                self._leave(slot, "cancelled")
+
+    def _admit(self) -> None:
+        with self._changed:
+            while self._waiting and self._free and self.running < self.runner.room.slots:
+                job = self._waiting.popleft()
+                job.slot = self._free.pop()
+                self._reading.append(job)
+                self.runner.reset(job.slot)
+
+    def _read(self) -> None:
+        """One piece of the prompt whose turn it is; on CUDA of others, too, that are as far and as long."""
+        first = self._reading.popleft()
+        jobs, piece = [first], self._piece(first)
+        for job in list(self._reading):
+            if len(jobs) == self.runner.prefill_together:
+                break
+            other = self._piece(job)
+            if (job.read, len(other), job.scored) == (first.read, len(piece), first.scored):
+                self._reading.remove(job)
+                jobs.append(job)
+        logits = self.runner.read([job.slot for job in jobs], [self._piece(job) for job in jobs], first.scored)
+        finished = []
+        for i, job in enumerate(jobs):
+            if job.scored:
+                self._score(job, self._piece(job), logits[i])
+            job.read += len(piece)
+            if job.read < len(job.prompt):
+                self._reading.append(job)
+            else:
+                finished.append((job, i))
+        begun = [(job, i) for job, i in finished if job.sampling.max_tokens > 0]
+        for job, _ in finished:
+            if job.sampling.max_tokens == 0:
+                self._end_reading(job, "length")
+        if begun:
+            chosen = choose(logits[[i for _, i in begun], -1], [job.row for job, _ in begun])
+            for (job, _), token in zip(begun, chosen, strict=True):
+                self._begin(job, token)
+
+    def _piece(self, job: Job) -> list[int]:
+        return job.prompt[job.read : job.read + self.runner.room.prefill_chunk]
+
+    def _score(self, job: Job, piece: list[int], logits: Tensor) -> None:
+        """Log-probabilities of a piece of a prompt: logits (positions, vocabulary); each position is about the next."""
+        about, tokens = logits[:-1], piece[1:]
+        if job.before is not None:
+            about, tokens = torch.cat([job.before.unsqueeze(0), about]), piece
+        job.before = logits[-1].clone()
+        if job.on_prompt is not None and tokens:
+            job.on_prompt(logprobs(about, tokens, [job.sampling.logprobs or 0] * len(tokens)))
+
+    def _begin(self, job: Job, first: Chosen) -> None:
+        """Decode a sequence from here on, unless its first token is the last one."""
+        reason = self._take(job, first)
+        if reason is not None:
+            self._end_reading(job, reason)
+            return
+        self.runner.copy(job.slot, len(self._decoding))
+        self._decoding.append(job)
+        self._free.append(job.slot)
+
+    def _end_reading(self, job: Job, reason: Reason) -> None:
+        self._free.append(job.slot)
+        job.on_end(reason)
+
+    def _decode(self) -> None:
+        logits = self.runner.step([job.last for job in self._decoding])
+        chosen = choose(logits, [job.row for job in self._decoding])
+        self.steps += 1
+        reasons: list[Reason | None] = [
+            self._take(job, token) for job, token in zip(self._decoding, chosen, strict=True)
+        ]
+        for slot in range(len(reasons) - 1, -1, -1):
+            reason = reasons[slot]
+            if reason is not None:
+                self._leave(slot, reason)
+
+    def _take(self, job: Job, chosen: Chosen) -> Reason | None:
+        """Hand a token over; returns why the sequence ends with it, if it does."""
+        job.last = chosen.token
+        sampling = job.sampling
+        if chosen.token in sampling.stop_tokens or (chosen.token == self.end and not sampling.ignore_end):
+            return "stop"
+        if job.on_token(chosen):
+            return "stop"
+        return "length" if job.row.position >= sampling.max_tokens else None
+
+    def _leave(self, slot: int, reason: Reason) -> None:
+        """End a sequence; the last one takes its slot."""
+        job, last = self._decoding[slot], len(self._decoding) - 1
+        if slot != last:
+            self.runner.copy(last, slot)
+            self._decoding[slot] = self._decoding[last]
+        self._decoding.pop()
+        job.on_end(reason)

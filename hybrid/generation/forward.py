@@ -1,0 +1,285 @@
+"""A model's forward pass for generation: a piece of a prompt at once, or one position of many sequences.
+
+Both work on the rows of `Slots`. Pieces of any length give the same as the whole at once, within rounding: a prompt is
+one or more pieces, each new token a position of its sequence.
+
+Shapes: B sequences, L positions of a piece, V vocabulary (padded), h hidden, d inner width, H SSM heads, P head width,
+G groups, N state, Q query and K key-value heads, E head width of attention.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.generation import ops, prefill_kernels
+from hybrid.generation.state import AttentionState, MambaState, Slots
+from hybrid.generation.weights import GATED_NORM_EPSILON, Attention, Experts, Mamba1, Mamba2, Mlp, Weights
+
+
+@torch.inference_mode()
+def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> Tensor:
+    """Read tokens (B, L) that follow what the `rows`, B of them, have seen: as many positions in each.
+
+    Returns the hidden states after the last norm (B, L, h), from which `logits` makes logits.
+    """
+    start, length = slots.lengths[rows[0]], tokens.shape[1]
+    assert all(slots.lengths[row] == start for row in rows)
+    positions = torch.arange(start, start + length, device=tokens.device)
+    hidden = _embed(weights, tokens, positions)
+    rotary = _rotary(weights, positions)
+    batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+    for layer, state in zip(weights.layers, slots.layers, strict=True):
+        match layer, state:
+            case Mamba2(), MambaState():
+                mixed = _mamba2(layer, hidden, state, batch, start)
+            case Mamba1(), MambaState():
+                mixed = _mamba1(weights, layer, hidden, state, batch, start)
+            case Attention(), AttentionState():
+                mixed = _attention(layer, hidden, state, batch, start, rotary)
+            case _:
+                mixed = _mlp_or_experts(layer, hidden.flatten(0, 1)).view_as(hidden)
+        hidden = hidden + _summed(weights, layer, mixed)
+    slots.advance(rows, length)
+    return weights.final_norm(hidden)
+
+
+@torch.inference_mode()
+def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor:
+    """Read one token of each of the first rows: tokens (B), of which the first `count` are sequences.
+
+    The other rows compute nothing that anybody uses: B is such that the rows do not depend on one another
+    (`hybrid.generation.runner`), or that of a graph. Host lengths are left to the caller, who may replay a graph.
+    Returns logits (B, V) in float32.
+    """
+    positions = slots.device_lengths[: len(tokens)].clamp(max=slots.max_length - 1)
+    lengths = [length + 1 for length in slots.lengths[:count]]
+    hidden = _embed(weights, tokens, positions)
+    rotary = _rotary(weights, positions)
+    for layer, state in zip(weights.layers, slots.layers, strict=True):
+        match layer, state:
+            case Mamba2(), MambaState():
+                mixed = _mamba2_step(layer, hidden, state)
+            case Mamba1(), MambaState():
+                mixed = _mamba1_step(weights, layer, hidden, state)
+            case Attention(), AttentionState():
+                mixed = _attention_step(layer, hidden, state, positions, lengths, rotary)
+            case _:
+                mixed = _mlp_or_experts(layer, hidden)
+        hidden = hidden + _summed(weights, layer, mixed)
+    slots.device_lengths[: len(tokens)] += 1
+    return logits(weights, weights.final_norm(hidden))
+
+
+def logits(weights: Weights, hidden: Tensor) -> Tensor:
+    """hidden (..., h) to logits (..., V) in float32, of all ranks."""
+    own = weights.output(hidden)
+    if weights.group is None:
+        return own.float()
+    parts = [torch.empty_like(own) for _ in range(weights.group.size())]
+    dist.all_gather(parts, own, group=weights.group)
+    return torch.cat(parts, dim=-1).float()
+
+
+def _embed(weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens (..., L or B) to (..., h)."""
+    if weights.group is None:
+        hidden = F.embedding(tokens, weights.embedding)
+    else:
+        rows = weights.embedding.shape[0]
+        own = tokens - weights.group.rank() * rows
+        here = (own >= 0) & (own < rows)
+        hidden = F.embedding(own.clamp(0, rows - 1), weights.embedding) * here.unsqueeze(-1)
+        dist.all_reduce(hidden, group=weights.group)
+    if weights.positions is not None:
+        hidden = hidden + F.embedding(positions, weights.positions)
+    return hidden
+
+
+def _summed(weights: Weights, layer: Mamba2 | Mamba1 | Attention | Mlp | Experts, mixed: Tensor) -> Tensor:
+    """The ranks' shares together, with the bias that all have."""
+    if weights.group is not None:
+        mixed = mixed.contiguous()
+        dist.all_reduce(mixed, group=weights.group)
+    bias = layer.out_bias if isinstance(layer, Attention) else layer.down_bias if isinstance(layer, Mlp) else None
+    return mixed if bias is None else mixed + bias
+
+
+def _rotary(weights: Weights, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Cosine and sine (positions, 1, rotated width): both halves of it turn by the same angles."""
+    if weights.rotary is None:
+        return None
+    angles = torch.outer(positions.float(), weights.rotary).repeat(1, 2).unsqueeze(1)
+    return angles.cos().to(weights.dtype), angles.sin().to(weights.dtype)
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Turn the first part of each head: x (..., positions, heads, E)."""
+    if rotary is None:
+        return x
+    cos, sin = rotary
+    width = cos.shape[-1]
+    turned, rest = x[..., :width], x[..., width:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
+
+
+def _mamba2(layer: Mamba2, hidden: Tensor, state: MambaState, rows: slice | list[int], start: int) -> Tensor:
+    """hidden (B, L, h) to (B, L, h)."""
+    inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
+    z, xBC, dt = layer.in_proj(layer.norm(hidden)).split([inner, channels, heads], dim=-1)
+    before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
+    xBC, state.conv[rows] = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0])
+    x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
+    B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
+    x = x.unflatten(-1, (heads, layer.head_dim))
+    y, state.ssm[rows] = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
+    # Normed as rows of their own, as one position is.
+    y, z = y.reshape(-1, inner), z.reshape(-1, inner)
+    normed = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
+    return layer.out_proj(normed).view_as(hidden)
+
+
+def _mamba2_step(layer: Mamba2, hidden: Tensor, state: MambaState) -> Tensor:
+    """hidden (B, h) to (B, h)."""
+    batch = len(hidden)
+    inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
+    z, xBC, dt = layer.in_proj(layer.norm(hidden)).split([inner, channels, heads], dim=-1)
+    xBC = ops.conv_step(xBC, state.conv[:batch], layer.conv, layer.conv_bias)
+    x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
+    B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
+    x = x.unflatten(-1, (heads, layer.head_dim))
+    y = ops.ssm_step(state.ssm[:batch], x, dt, layer.dt_bias, layer.A, B, C, layer.D)
+    return layer.out_proj(ops.gated_norm(y.flatten(1), z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON))
+
+
+def _mamba1(
+    weights: Weights, layer: Mamba1, hidden: Tensor, state: MambaState, rows: slice | list[int], start: int
+) -> Tensor:
+    """hidden (B, L, h) to (B, L, h)."""
+    x, z = layer.in_proj(layer.norm(hidden)).chunk(2, dim=-1)
+    before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
+    x, state.conv[rows] = prefill_kernels.conv(x, layer.conv, layer.conv_bias, before[0])
+    low, B, C = _low(weights, layer, x)
+    y, state.ssm[rows] = prefill_kernels.selective(
+        x, layer.dt_proj(low), layer.dt_bias, layer.A, B, C, layer.D, z, before[1]
+    )
+    return layer.out_proj(y)
+
+
+def _mamba1_step(weights: Weights, layer: Mamba1, hidden: Tensor, state: MambaState) -> Tensor:
+    """hidden (B, h) to (B, h)."""
+    batch = len(hidden)
+    x, z = layer.in_proj(layer.norm(hidden)).chunk(2, dim=-1)
+    x = ops.conv_step(x, state.conv[:batch], layer.conv, layer.conv_bias)
+    low, B, C = _low(weights, layer, x)
+    dt = ops.softplus(layer.dt_proj(low).float() + layer.dt_bias)
+    y = ops.scan_step(state.ssm[:batch], x, dt, layer.A, B, C, layer.D)
+    return layer.out_proj((y * F.silu(z.float())).to(hidden.dtype))
+
+
+def _low(weights: Weights, layer: Mamba1, x: Tensor) -> tuple[Tensor, ...]:
+    """The time step's low rank, B and C: of all channels, so summed over the ranks."""
+    low = layer.x_proj(x)
+    if weights.group is not None:
+        dist.all_reduce(low, group=weights.group)
+    rank = low.shape[-1] - 2 * layer.state_dim
+    return low.split([rank, layer.state_dim, layer.state_dim], dim=-1)
+
+
+def _heads(layer: Attention, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (..., h) to query (..., Q, E), key and value (..., K, E)."""
+    per_group = layer.heads // layer.groups
+    grouped = layer.qkv(layer.norm(hidden)).unflatten(-1, (layer.groups, per_group + 2, layer.head_dim))
+    query, key, value = grouped.split([per_group, 1, 1], dim=-2)
+    query, key, value = query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
+    return _rotate(query, rotary), _rotate(key, rotary), value
+
+
+def _attention(
+    layer: Attention,
+    hidden: Tensor,
+    state: AttentionState,
+    rows: slice | list[int],
+    start: int,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """hidden (B, L, h) to (B, L, h)."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in _heads(layer, hidden, rotary))
+    length, end = query.shape[2], start + query.shape[2]
+    state.key[rows, :, start:end] = key
+    state.value[rows, :, start:end] = value
+    if start:
+        key, value = state.key[rows, :, :end], state.value[rows, :, :end]
+    # Query i of the piece is position start + i of the whole.
+    mask = torch.ones(length, end, dtype=torch.bool, device=query.device).tril(start) if start else None
+    context = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=layer.heads != layer.groups
+    )
+    return layer.out(context.transpose(1, 2).flatten(2))
+
+
+def _attention_step(
+    layer: Attention,
+    hidden: Tensor,
+    state: AttentionState,
+    positions: Tensor,
+    lengths: list[int],
+    rotary: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """hidden (B, h) to (B, h); positions (B) are those of the tokens."""
+    batch = len(hidden)
+    query, key, value = _heads(layer, hidden, rotary)
+    rows = torch.arange(batch, device=hidden.device)
+    state.key[rows, :, positions] = key
+    state.value[rows, :, positions] = value
+    context = ops.attend(query, state.key[:batch], state.value[:batch], lengths, positions + 1)
+    return layer.out(context.flatten(1))
+
+
+def _mlp_or_experts(layer: Mamba2 | Mamba1 | Attention | Mlp | Experts, hidden: Tensor) -> Tensor:
+    """hidden (tokens, h) to (tokens, h)."""
+    if isinstance(layer, Mlp):
+        assert layer.norm is not None
+        return _mlp(layer, layer.norm(hidden))
+    assert isinstance(layer, Experts)
+    normed = layer.norm(hidden)
+    routed = _experts(layer, normed)
+    return routed if layer.shared is None else routed + _mlp(layer.shared, normed)
+
+
+def _mlp(layer: Mlp, x: Tensor) -> Tensor:
+    up = layer.up(x)
+    if layer.activation == "swiglu":
+        gate, up = up.chunk(2, dim=-1)
+        return layer.down(F.silu(gate) * up)
+    if layer.activation == "squared_relu":
+        return layer.down(F.relu(up).square())
+    return layer.down(F.gelu(up))
+
+
+def _experts(layer: Experts, x: Tensor) -> Tensor:
+    """Each token through the experts of its choice: x (tokens, h) to (tokens, h)."""
+    scores = F.linear(x.float(), layer.router)
+    if layer.score == "softmax":
+        chosen, experts = scores.topk(layer.top_k, dim=-1)
+        shares = chosen.softmax(-1)
+    else:
+        scores = 1 / (1 + torch.exp(-scores))  # torch's sigmoid, as its softplus, minds where an element is
+        biased = scores if layer.router_bias is None else scores + layer.router_bias
+        experts = biased.topk(layer.top_k, dim=-1).indices
+        shares = scores.gather(-1, experts)
+        if layer.top_k > 1:
+            shares = shares / (shares.sum(-1, keepdim=True) + 1e-20)
+    shares = shares * layer.scale
+    result = torch.zeros_like(x, dtype=torch.float32)
+    for index in experts.unique().tolist():
+        tokens, choice = (experts == index).nonzero(as_tuple=True)
+        # As many rows as make a row's sums independent of their number, see `hybrid.generation.runner`.
+        given = F.pad(x[tokens], (0, 0, 0, -len(tokens) % 4))
+        expert = layer.experts[index]
+        output = _mlp(expert, given)[: len(tokens)]
+        if expert.down_bias is not None:
+            output = output + expert.down_bias
+        result.index_add_(0, tokens, output.float() * shares[tokens, choice].unsqueeze(-1))
+    return result.to(x.dtype)

@@ -1,0 +1,186 @@
+"""Text from a model: one object to ask, from Python, the command and the server alike.
+
+with recipes.open_generator("tiny") as model:
+    print(model.generate("def ", temperature=0).text)
+    for piece in model.stream("def ", seed=1):
+        print(piece.text, end="")
+"""
+
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid.data.tokenizer import Tokenizer
+from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.generation.engine import Engine, Job, Reason
+from hybrid.generation.runner import Runner
+from hybrid.generation.sampling import NAMES, Chosen, Sampling
+from hybrid.generation.text import Listener, Piece, TextStream, TokenText, prompt_texts
+
+Prompt = str | Sequence[int]
+
+
+@dataclass
+class Completion:
+    """A finished text: `tokens` with their log-probabilities if they were asked for, after those of an echoed prompt.
+
+    `reason` is why it ended: stop (end of document, stop string or token) or length.
+    """
+
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    reason: str = "length"
+    prompt_tokens: int = 0
+
+    def add(self, piece: Piece) -> None:
+        """Append what came."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.reason = piece.reason or self.reason
+
+
+class Generator:
+    """A loaded model with its tokenizer. Close it, or use it as a context manager."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        name: str,
+        *,
+        max_waiting: int = 256,
+        chat_template: str | None = None,
+    ):
+        """`name` is what clients call it; `chat_template` is in Jinja, as tokenizers bring it."""
+        if tokenizer.vocab_size > runner.weights.vocab_size:
+            sizes = f"{tokenizer.vocab_size} tokens, the model {runner.weights.vocab_size}"
+            raise ConfigError(Problem("tokenizer", f"'{tokenizer.spec}' has {sizes}; it is another model's"))
+        self.tokenizer, self.name, self.chat_template = tokenizer, name, chat_template
+        self.engine = Engine(runner, tokenizer.eod, max_waiting)
+
+    def __enter__(self) -> "Generator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(0)
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what is running within `timeout` seconds (None: for ever); returns whether it was finished."""
+        return self.engine.close(timeout)
+
+    def generate(self, prompt: Prompt, **settings: Any) -> Completion:
+        """The text that follows a prompt; `settings` are fields of `Sampling`. Raises ConfigError for wrong ones."""
+        completion = Completion()
+        for piece in self.stream(prompt, **settings):
+            completion.add(piece)
+        completion.prompt_tokens = len(self.encode(prompt))
+        return completion
+
+    def generate_batch(self, prompts: Sequence[Prompt], **settings: Any) -> list[Completion]:
+        """The texts that follow some prompts, made together."""
+        return [completion for _, completion in sorted(self.as_completed(prompts, **settings))]
+
+    def as_completed(self, prompts: Sequence[Prompt], **settings: Any) -> Iterator[tuple[int, Completion]]:
+        """As `generate_batch`, each (index, text) as soon as it is finished."""
+        sampling, ids = _sampling(settings), [self.encode(prompt) for prompt in prompts]
+        for one in ids:
+            self.engine.check(one, sampling)
+        yield from self.run([(one, sampling) for one in ids])
+
+    def run(self, requests: Sequence[tuple[list[int], Sampling]]) -> Iterator[tuple[int, Completion]]:
+        """Complete any number of (prompt, settings), no more at a time than may wait."""
+        done: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
+        texts = [Completion(prompt_tokens=len(prompt)) for prompt, _ in requests]
+        jobs: dict[int, Job] = {}
+        begun = 0
+        limit = self.engine.runner.room.slots + self.engine.max_waiting // 2
+        try:
+            while jobs or begun < len(requests):
+                while begun < len(requests) and len(jobs) < limit:
+                    prompt, sampling = requests[begun]
+                    listener = _numbered(done, begun)
+                    jobs[begun] = self.start(prompt, sampling, listener)
+                    begun += 1
+                index, piece = done.get()
+                texts[index].add(piece)
+                if piece.reason:
+                    del jobs[index]
+                    _refuse_error(piece)
+                    yield index, texts[index]
+        finally:
+            self.engine.cancel(*jobs.values())
+
+    def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Piece]:
+        """The text that follows a prompt, piece by piece; the last piece has the reason why it ended.
+
+        Leaving the iterator ends the generation. Raises ConfigError for wrong settings, when it is called.
+        """
+        sampling, ids = _sampling(settings), self.encode(prompt)
+        pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+        job = self.start(ids, sampling, pieces.put)
+        return self._pieces(job, pieces)
+
+    def _pieces(self, job: Job, pieces: "queue.SimpleQueue[Piece]") -> Iterator[Piece]:
+        try:
+            while True:
+                piece = pieces.get()
+                _refuse_error(piece)
+                yield piece
+                if piece.reason:
+                    return
+        finally:
+            self.engine.cancel(job)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt; tokens are taken as they are."""
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def job(self, prompt: list[int], sampling: Sampling, listener: Listener, number: int = 0) -> Job:
+        """A job whose text goes to `listener`, which is called on the engine's thread; the last piece has a reason.
+
+        `number` tells several texts for one prompt apart: each has random numbers of its own.
+        """
+        text = TextStream(self.tokenizer, prompt, sampling)
+        scores: list[Chosen] = []
+        echoed = False
+
+        def echo() -> None:
+            nonlocal echoed
+            if sampling.echo and not echoed:
+                echoed = True
+                tokens = prompt_texts(self.tokenizer, prompt, scores) if sampling.logprobs is not None else []
+                listener(Piece(self.tokenizer.decode(prompt), tokens))
+
+        def on_token(chosen: Chosen) -> bool:
+            echo()
+            listener(text.push(chosen))
+            return text.stopped
+
+        def on_end(reason: Reason) -> None:
+            if reason in ("stop", "length"):
+                echo()
+            listener(text.finish(reason))
+
+        return Job(prompt, sampling, on_token, on_end, scores.extend, number)
+
+    def start(self, prompt: list[int], sampling: Sampling, listener: Listener) -> Job:
+        """Queue one prompt. Raises ConfigError, QueueFull or Closed."""
+        job = self.job(prompt, sampling, listener)
+        self.engine.submit(job)
+        return job
+
+
+def _numbered(done: "queue.SimpleQueue[tuple[int, Piece]]", index: int) -> Listener:
+    return lambda piece: done.put((index, piece))
+
+
+def _refuse_error(piece: Piece) -> None:
+    if piece.reason == "error":
+        raise UserError("the model failed while it was computing; the log says how")
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    if unknown := sorted(settings.keys() - NAMES):
+        raise ConfigError([Problem(name, f"is no setting; there are {', '.join(sorted(NAMES))}") for name in unknown])
+    return Sampling(**settings)

@@ -1,0 +1,165 @@
+"""One position of a Mamba-2 or attention layer on CUDA, as Triton kernels; `hybrid.generation.ops` has their oracles.
+
+At decoding, a layer is a few products of a matrix with few rows, and a pass over the sequence's state: what counts is
+bytes moved, and how many kernels there are. The recurrence here takes a whole head's state in a program or two, reads
+and writes it once with wide accesses, and has softplus, decay, skip and the types' conversions in it.
+
+Shapes: B sequences, C channels of the convolution, W its width, d inner width, H SSM heads, P head width, G groups, N
+state, K key-value heads, Q query heads, T positions of the cache, E head width of attention.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_jit: Any = triton.jit
+
+
+@_jit
+def _conv_step(x, state, weight, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of channels of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    past = state + (row * channels + channel) * WIDTH
+    new = tl.load(x + row * x_row + channel, mask=inside, other=0.0)
+    total = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    for tap in tl.static_range(WIDTH - 1):  # pyright: ignore[reportGeneralTypeIssues]
+        value = tl.load(past + tap + 1, mask=inside, other=0.0)
+        tl.store(past + tap, value, mask=inside)
+        total += value.to(tl.float32) * tl.load(weight + channel * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
+    tl.store(past + WIDTH - 1, new, mask=inside)
+    total += new.to(tl.float32) * tl.load(weight + channel * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * channels + channel, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=inside)
+
+
+def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """As `ops.conv_step`: x (B, C), state (B, C, W), weight (C, W), bias (C)."""
+    batch, channels = x.shape
+    y = torch.empty(batch, channels, device=x.device, dtype=x.dtype)
+    block = 256
+    grid = (batch, triton.cdiv(channels, block))
+    _conv_step[grid](x, state, weight, bias, y, channels, x.stride(0), WIDTH=weight.shape[1], BLOCK=block)
+    return y
+
+
+@_jit
+def _ssm_step(
+    state, x, dt, dt_bias, A, B, C, D, y,
+    heads, groups, x_row, dt_row, B_row, C_row,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Some of the P rows of the state of one head of one sequence."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    group = head // (heads // groups)
+    own = tl.load(dt + row * dt_row + head).to(tl.float32) + tl.load(dt_bias + head)
+    step = tl.where(own > 20.0, own, tl.log(1.0 + tl.exp(own)))
+    decay = tl.exp(step * tl.load(A + head))
+    inside_p, inside_n = p < P, n < N
+    inside = inside_p[:, None] & inside_n[None, :]
+    value = tl.load(x + row * x_row + head * P + p, mask=inside_p, other=0.0).to(tl.float32)
+    key = tl.load(B + row * B_row + group * N + n, mask=inside_n, other=0.0).to(tl.float32)
+    read = tl.load(C + row * C_row + group * N + n, mask=inside_n, other=0.0).to(tl.float32)
+    place = state + ((row * heads + head) * P + p[:, None]) * N + n[None, :]
+    new = tl.load(place, mask=inside, other=0.0).to(tl.float32) * decay + (value * step)[:, None] * key[None, :]
+    tl.store(place, new.to(state.dtype.element_ty), mask=inside)
+    out = tl.sum(new * read[None, :], axis=1) + value * tl.load(D + head)
+    tl.store(y + (row * heads + head) * P + p, out.to(y.dtype.element_ty), mask=inside_p)
+
+
+def ssm_step(
+    state: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> Tensor:
+    """As `ops.ssm_step`: state (B, H, P, N) contiguous; x (B, H, P), dt (B, H), B and C (B, G, N), any row stride."""
+    batch, heads, width, size = state.shape
+    y = torch.empty(batch, heads, width, device=x.device, dtype=x.dtype)
+    # A few thousand elements a program: enough programs for one sequence, wide enough accesses for many.
+    block_n = triton.next_power_of_2(size)
+    block_p = max(1, min(triton.next_power_of_2(width), 4096 // block_n))
+    grid = (batch, heads, triton.cdiv(width, block_p))
+    _ssm_step[grid](
+        state, x, dt, dt_bias, A, B, C, D, y,
+        heads, B.shape[1], x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
+        P=width, N=size, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+@_jit
+def _gated_norm(y, z, weight, out, inner, size, y_row, z_row, eps, BLOCK: tl.constexpr):
+    """One group of one sequence."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offset = tl.arange(0, BLOCK)
+    inside = offset < size
+    channel = group * size + offset
+    gate = tl.load(z + row * z_row + channel, mask=inside, other=0.0).to(tl.float32)
+    gated = tl.load(y + row * y_row + channel, mask=inside, other=0.0).to(tl.float32) * gate * tl.sigmoid(gate)
+    scale = tl.rsqrt(tl.sum(gated * gated, axis=0) / size + eps)
+    scaled = gated * scale * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * inner + channel, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """As `ops.gated_norm`: y and z (B, d), weight (d)."""
+    batch, inner = y.shape
+    out = torch.empty(batch, inner, device=y.device, dtype=y.dtype)
+    size = inner // groups
+    block = triton.next_power_of_2(size)
+    _gated_norm[(batch, groups)](y, z, weight, out, inner, size, y.stride(0), z.stride(0), eps, BLOCK=block)
+    return out
+
+
+@_jit
+def _attend(
+    query, key, value, lengths, out, scale, heads, positions, q_row, row_stride,
+    PER_GROUP: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The queries that share one key-value head, of one sequence; keys a block at a time (online softmax)."""
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + row)
+    q, e, t = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
+    inside = (q[:, None] < PER_GROUP) & (e[None, :] < E)
+    place = (group * PER_GROUP + q[:, None]) * E + e[None, :]
+    asked = tl.load(query + row * q_row + place, mask=inside, other=0.0).to(tl.float32) * scale
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+    base = row * row_stride + group.to(tl.int64) * positions * E
+    for start in range(0, length, BLOCK_T):
+        here = start + t < length
+        block = base + (start + t[:, None]) * E + e[None, :]
+        mask = here[:, None] & (e[None, :] < E)
+        keys = tl.load(key + block, mask=mask, other=0.0).to(tl.float32)
+        scores = tl.sum(asked[:, None, :] * keys[None, :, :], axis=2)
+        scores = tl.where(here[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        shares, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+        values = tl.load(value + block, mask=mask, other=0.0).to(tl.float32)
+        result = result * kept[:, None] + tl.sum(shares[:, :, None] * values[None, :, :], axis=1)
+        total = total * kept + tl.sum(shares, axis=1)
+        largest = larger
+    result = result / total[:, None]
+    tl.store(out + row * heads * E + place, result.to(out.dtype.element_ty), mask=inside)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """As `ops.attend`: query (B, Q, E), key and value (B, K, T, E) contiguous, lengths (B), each at least 1."""
+    batch, heads, width = query.shape
+    groups, positions = key.shape[1:3]
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    per_group = heads // groups
+    block_q = triton.next_power_of_2(per_group)
+    block_e = triton.next_power_of_2(width)
+    block_t = max(4, 8192 // (block_q * block_e))
+    _attend[(batch, groups)](
+        query, key, value, lengths, out, width**-0.5, heads, positions, query.stride(0), key.stride(0),
+        PER_GROUP=per_group, E=width, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e,
+    )  # fmt: skip
+    return out

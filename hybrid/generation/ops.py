@@ -1,0 +1,94 @@
+"""One position of what is not a matrix product, for a batch of sequences, with the states changed in place.
+
+Each runs as a Triton kernel on CUDA (`hybrid.generation.kernels`) and as plain PyTorch elsewhere; the latter is the
+kernel's oracle. What a row gives does not depend on the other rows of the batch.
+
+Shapes: B sequences, C channels of the convolution, W its width, d inner width, H SSM heads, P head width, G groups, N
+state, K key-value heads, Q query heads, T positions of the cache, E head width of attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve and activate: x (B, C), any row stride; state (B, C, W), changed; returns (B, C) of x's type."""
+    if x.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.conv_step(x, state, weight, bias)
+    state.copy_(torch.cat([state[:, :, 1:], x.unsqueeze(-1)], dim=-1))
+    y = (state.float() * weight.float()).sum(dim=-1) + bias.float()
+    return F.silu(y).to(x.dtype)
+
+
+def ssm_step(
+    state: Tensor, x: Tensor, dt: Tensor, dt_bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> Tensor:
+    """Mamba-2's recurrence: state (B, H, P, N), changed; x (B, H, P); dt (B, H); B and C (B, G, N).
+
+    dt is taken before bias and softplus; dt_bias, A and D (H) in float32. Computes in float32, whatever the state's
+    type. Returns y (B, H, P) of x's type.
+    """
+    if x.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.ssm_step(state, x, dt, dt_bias, A, B, C, D)
+    b, h, p, n = state.shape
+    g = B.shape[1]
+    step = softplus(dt.float() + dt_bias)
+    wide = state if state.dtype == torch.float32 else state.float()
+    wide.mul_(torch.exp(step * A).view(b, h, 1, 1))
+    grouped = wide.view(b, g, h // g * p, n)
+    inflow = (x.float() * step.unsqueeze(-1)).view(b, g, -1, 1)
+    grouped.addcmul_(inflow, B.float().unsqueeze(2))
+    if wide is not state:
+        state.copy_(wide)
+    y = (grouped @ C.float().unsqueeze(-1)).view(b, h, p)
+    return y.addcmul_(x.float(), D.unsqueeze(-1)).to(x.dtype)
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """Gate, then norm each of the groups: y and z (B, d), any row stride; weight (d); returns (B, d) of y's type."""
+    if y.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.gated_norm(y, z, weight, groups, eps)
+    gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
+    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(y.dtype)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)); torch's own gives an element other last bits when it is at the end of a tensor."""
+    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+
+
+def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    """Mamba-1's recurrence: state (B, d, N), changed; u (B, d); dt (B, d) after bias and softplus, in float32;
+    B, C (B, N); A (d, N) and D (d) in float32. Returns y (B, d) in float32."""
+    wide = state if state.dtype == torch.float32 else state.float()
+    wide.mul_(torch.exp(dt.unsqueeze(-1) * A)).addcmul_((dt * u.float()).unsqueeze(-1), B.float().unsqueeze(1))
+    if wide is not state:
+        state.copy_(wide)
+    return (wide @ C.float().unsqueeze(-1)).squeeze(-1).addcmul_(u.float(), D)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], device_lengths: Tensor) -> Tensor:
+    """Attention of one query position: query (B, Q, E); key and value (B, K, T, E), of which a row has its length.
+
+    `lengths` are of the rows that count, `device_lengths` (B) of all; the positions asked for are among them.
+    Returns (B, Q, E).
+    """
+    if query.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.attend(query, key, value, device_lengths)
+    # Row by row, over its own keys alone: a batch would have to be masked, and sums would be cut as the longest row is.
+    context = torch.zeros_like(query)
+    for row, length in enumerate(lengths):
+        keys, values = key[row : row + 1, :, :length], value[row : row + 1, :, :length]
+        context[row] = F.scaled_dot_product_attention(
+            query[row : row + 1].unsqueeze(2), keys, values, enable_gqa=query.shape[1] != key.shape[1]
+        )[0, :, 0]
+    return context

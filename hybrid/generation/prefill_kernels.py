@@ -1,0 +1,93 @@
+"""The convolution and the scans over a piece of a prompt.
+
+On CUDA mamba-ssm's and causal-conv1d's kernels, where they are installed; else this project's PyTorch.
+
+Shapes: B sequences, L positions, C channels, W width of the convolution, H SSM heads, P head width, G groups, N state,
+d inner width. A state that is None is that of a sequence that has seen nothing.
+"""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybrid.model.conv import causal_conv1d
+from hybrid.model.selective_scan import selective_scan
+from hybrid.model.ssd import ssd_scan
+
+
+@cache
+def _installed(module: str) -> bool:
+    try:
+        import_module(module)
+    except Exception:  # built for another torch, it fails in many ways
+        return False
+    return True
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (B, L, C), weight (C, W), bias (C), state (B, C, W); returns y (B, L, C) and the state after it."""
+    if x.is_cuda and state is None and _installed("causal_conv1d"):
+        fused: Any = import_module("causal_conv1d")
+        y = fused.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
+        width, length = weight.shape[1], x.shape[1]
+        return y, F.pad(x[:, -width:].transpose(1, 2), (max(0, width - length), 0))
+    return causal_conv1d(x, weight, bias, initial_state=state, return_final_state=True)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-2: x (B, L, H, P), dt (B, L, H) before bias and softplus, B and C (B, L, G, N), state (B, H, P, N)."""
+    if x.is_cuda and _installed("mamba_ssm.ops.triton.ssd_combined"):
+        fused: Any = import_module("mamba_ssm.ops.triton.ssd_combined")
+        return fused.mamba_chunk_scan_combined(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size=chunk_size,
+            D=D,
+            dt_bias=dt_bias,
+            initial_states=None if state is None else state.to(x.dtype),
+            dt_softplus=True,
+            return_final_states=True,
+        )
+    step = F.softplus(dt.float() + dt_bias)
+    return ssd_scan(x, step, A, B, C, D, chunk_size=chunk_size, initial_state=state, return_final_state=True)
+
+
+def selective(
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1: x, dt (before bias and softplus) and z (B, L, d), B and C (B, L, N), state (B, d, N)."""
+    if x.is_cuda and state is None and _installed("mamba_ssm.ops.selective_scan_interface"):
+        fused: Any = import_module("mamba_ssm.ops.selective_scan_interface")
+        channels_first = (tensor.transpose(1, 2) for tensor in (x, dt, B, C, z))
+        x, dt, B, C, z = (tensor.contiguous() for tensor in channels_first)
+        y, last = fused.selective_scan_fn(
+            x, dt, A, B, C, D, z=z, delta_bias=dt_bias, delta_softplus=True, return_last_state=True
+        )
+        return y.transpose(1, 2), last
+    return selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, delta_softplus=True, initial_state=state, return_final_state=True
+    )

@@ -1,0 +1,118 @@
+"""What computes: the weights, the slots, and on CUDA the graphs of a decoding step; over tensor-parallel ranks, too.
+
+The engine talks to the runner of rank 0. Every call of it is told to the other ranks, which follow.
+
+**Why a text does not depend on its batch.** A library may add up a row of a matrix product in another order when there
+are more rows beside it; then the last bits of the logits change, and in the end a token. Torch's float32 products on
+CPU do so for up to three rows at the end of a batch, and give each row of a multiple of four the same bits. So a batch
+is filled up to a multiple of four; a prompt is read by itself, in pieces whose ends depend on its length alone; and
+attention goes row by row. On CUDA, products choose their kernel by the batch; `batch_invariant` always computes all
+slots there, and reads prompts one by one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybrid.generation import forward
+from hybrid.generation.graphs import DecodeGraphs
+from hybrid.generation.state import allocate
+from hybrid.generation.weights import Experts, Weights
+
+_GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_MOST_PREFILLED_TOGETHER = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much is computed at once. Rows of the state are sequences, those being read included."""
+
+    slots: int = 32  # sequences decoded together
+    max_length: int = 4096  # positions of a sequence, prompt and text
+    prefill_chunk: int = 256  # positions of a prompt read at once, between two decoding steps
+    batch_invariant: bool = False
+    ssm_dtype: torch.dtype | None = None  # of the SSM states; None: the model's
+    graphs: bool = True  # on CUDA: decode in graphs
+
+
+class Runner:
+    """Reads prompts into rows of the state, and decodes the first rows. Not to be called by two threads."""
+
+    def __init__(self, weights: Weights, room: Room, control: "dist.ProcessGroup | None" = None):
+        """`control` is a gloo group of the tensor-parallel ranks, over which rank 0 tells the others what to do."""
+        self.weights, self.room, self._control = weights, room, control
+        self._leads = control is not None and control.rank() == 0
+        self._cuda = weights.device.type == "cuda"
+        together = self._cuda and not room.batch_invariant
+        self.prefill_together = min(room.slots, _MOST_PREFILLED_TOGETHER) if together else 1
+        self.reading_rows = range(self._batch(room.slots), self._batch(room.slots) + min(room.slots, 8))
+        self._slots = allocate(weights, self.reading_rows.stop, room.max_length, room.ssm_dtype)
+        self._graphs = None
+        # How many tokens an expert gets is known to the host alone, which a graph leaves out.
+        if self._cuda and room.graphs and not any(isinstance(layer, Experts) for layer in weights.layers):
+            self._graphs = DecodeGraphs(
+                weights, self._slots, sorted({self._batch(n) for n in range(1, room.slots + 1)})
+            )
+
+    def reset(self, row: int) -> None:
+        """Make a row that of a sequence that has seen nothing."""
+        self._tell("reset", row)
+        self._slots.reset(row)
+
+    def copy(self, source: int, target: int) -> None:
+        """Make a row that of the same sequence as another."""
+        self._tell("copy", source, target)
+        self._slots.copy(source, target)
+
+    def read(self, rows: list[int], tokens: list[list[int]], every: bool = False) -> Tensor:
+        """Read a piece of a prompt into each of some rows that have seen as much, as long a piece in each.
+
+        Returns logits (rows, positions, vocabulary), of every position or of the last one, in float32.
+        """
+        self._tell("read", rows, tokens, every)
+        with torch.inference_mode():
+            given = torch.tensor(tokens, device=self.weights.device)
+            hidden = forward.prefill(self.weights, self._slots, rows, given)
+            logits = forward.logits(self.weights, hidden if every else hidden[:, -1:].contiguous())
+        return logits[..., : self.weights.vocab_size]
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Read one token in each of the first rows. Returns logits (rows, vocabulary) in float32."""
+        self._tell("step", tokens)
+        count = len(tokens)
+        batch = self._batch(count)
+        given = torch.tensor(tokens + [0] * (batch - count), device=self.weights.device)
+        if self._graphs is not None:
+            logits = self._graphs.replay(given)
+        else:
+            logits = forward.decode(self.weights, self._slots, count, given)
+        self._slots.stepped(count)
+        return logits[:count, : self.weights.vocab_size]
+
+    def stop(self) -> None:
+        """Let the other ranks go."""
+        self._tell("stop")
+
+    def follow(self) -> None:
+        """Do what rank 0 does, until it stops."""
+        while True:
+            told: list[Any] = [None]
+            dist.broadcast_object_list(told, src=0, group=self._control)
+            name, arguments = told[0]
+            if name == "stop":
+                return
+            getattr(self, name)(*arguments)
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        if self._leads:
+            dist.broadcast_object_list([(name, arguments)], src=0, group=self._control)
+
+    def _batch(self, count: int) -> int:
+        """As how many rows `count` sequences are computed."""
+        if self._cuda:
+            wanted = self.room.slots if self.room.batch_invariant else count
+            return next((batch for batch in _GRAPH_BATCHES if batch >= wanted), -(-wanted // 64) * 64)
+        return -(-count // 4) * 4

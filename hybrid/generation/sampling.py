@@ -1,0 +1,177 @@
+"""Choosing the next token.
+
+A request's random numbers depend on its seed and on how many tokens it has, and on nothing else: no generator is
+shared, so that the text of a request is the same whatever else is computed beside it. Shares are computed in float64,
+where two orders of adding up differ by 1e-16: a random number that falls between them is not met.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from hybrid.errors import ConfigError, Problem
+
+_MOST_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen, and when it ends. Raises ConfigError for every value that makes no sense.
+
+    The penalty comes first, then the temperature, top_k, top_p and min_p, each on what the one before it left, as in
+    transformers' `generate`.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.8  # 0: the likeliest token
+    top_k: int = 0  # the k likeliest; 0: all
+    top_p: float = 1.0  # the likeliest with this share together; 1: all
+    min_p: float = 0.0  # those with at least this share of the likeliest's; 0: all
+    repetition_penalty: float = 1.0  # above 1: tokens that were there become less likely (Keskar et al. 2019)
+    seed: int | None = None  # None: another text every time
+    stop: tuple[str, ...] = ()  # text that ends it, and is left out of it
+    stop_tokens: tuple[int, ...] = ()  # tokens that end it, besides the end of a document
+    ignore_end: bool = False  # go on past the end of a document
+    logprobs: int | None = None  # log-probabilities of each token, and of this many of the likeliest
+    echo: bool = False  # give the prompt again; with logprobs, its log-probabilities, too
+
+    def __post_init__(self) -> None:
+        problems = [Problem(name, f"is {value!r}; {rule}") for name, value, rule in self._wrong()]
+        if problems:
+            raise ConfigError(problems)
+
+    def _wrong(self) -> list[tuple[str, object, str]]:
+        rules = [
+            ("max_tokens", self.max_tokens >= 0, "it must be 0 or more"),
+            ("temperature", 0 <= self.temperature <= 100, "it must be from 0 (the likeliest token) to 100"),
+            ("top_k", self.top_k >= 0, "it must be 0 (no limit) or more"),
+            ("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1 (no limit)"),
+            ("min_p", 0 <= self.min_p <= 1, "it must be from 0 (no limit) to 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "it must be from 0.01 to 100; 1 is none"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "it must fit 64 bits"),
+            ("stop", all(self.stop), "an empty text stops nothing"),
+            ("stop", len(self.stop) <= 16, "there can be 16 at most"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= _MOST_TOP_LOGPROBS,
+                f"it must be from 0 to {_MOST_TOP_LOGPROBS}",
+            ),
+        ]
+        return [(name, getattr(self, name), rule) for name, right, rule in rules if not right]
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+NAMES = frozenset(field.name for field in fields(Sampling))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A token, its log-probability under the model, and the likeliest tokens with theirs."""
+
+    token: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """What choosing one sequence's next token takes: `seen` are its tokens so far, prompt included, once each."""
+
+    sampling: Sampling
+    key: bytes
+    position: int = 0  # tokens chosen so far
+    seen: set[int] = field(default_factory=set)
+
+
+def new_key(seed: int | None, number: int = 0) -> bytes:
+    """What a sequence draws its random numbers from: seed, and which of the texts for one prompt it is."""
+    start = os.urandom(8) if seed is None else seed.to_bytes(8, "little", signed=True)
+    return start + number.to_bytes(8, "little")
+
+
+def uniform(key: bytes, position: int) -> float:
+    """The random number of one position, in [0, 1): a hash of key and position, so that none is drawn twice."""
+    digest = hashlib.blake2b(position.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
+    """The next token of every row: logits (B, V) in float32, without the padding of the vocabulary."""
+    likeliest = logits.argmax(-1).tolist()
+    plain = [row.sampling.greedy and row.sampling.repetition_penalty == 1 for row in rows]
+    others = [i for i, easy in enumerate(plain) if not easy]
+    tokens: list[int] = likeliest
+    if others:
+        for i, token in zip(others, _sample(logits[others], [rows[i] for i in others]), strict=True):
+            tokens[i] = token
+    result = [Chosen(token) for token in tokens]
+    wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if wanted:
+        counts = [rows[i].sampling.logprobs or 0 for i in wanted]
+        for i, chosen in zip(wanted, logprobs(logits[wanted], [tokens[i] for i in wanted], counts), strict=True):
+            result[i] = chosen
+    for row, token in zip(rows, tokens, strict=True):
+        row.position += 1
+        row.seen.add(token)
+    return result
+
+
+def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Chosen]:
+    """Log-probabilities under the model itself, before any of the settings: of tokens, and of the likeliest."""
+    shares = logits.double().log_softmax(-1)
+    own = shares.gather(-1, torch.tensor(tokens, device=shares.device).unsqueeze(-1)).squeeze(-1).tolist()
+    most = min(max(counts), shares.shape[-1])
+    values, indices = shares.topk(most, dim=-1)
+    tops = [list(zip(i, v, strict=True)) for i, v in zip(indices.tolist(), values.tolist(), strict=True)]
+    return [Chosen(t, o, top[:n]) for t, o, top, n in zip(tokens, own, tops, counts, strict=True)]
+
+
+def _sample(logits: Tensor, rows: Sequence[Row]) -> list[int]:
+    """Draw from what the settings leave: logits (B, V)."""
+    settings = [row.sampling for row in rows]
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+
+    logits = logits.double()
+    for i, row in enumerate(rows):
+        if row.sampling.repetition_penalty != 1:
+            seen = torch.tensor(sorted(row.seen), device=logits.device)
+            there = logits[i, seen]
+            penalty = row.sampling.repetition_penalty
+            logits[i, seen] = torch.where(there > 0, there / penalty, there * penalty)
+    likeliest = logits.argmax(-1)
+    logits = logits / column([1.0 if s.temperature == 0 else s.temperature for s in settings])
+    if any(s.top_k or s.top_p < 1 for s in settings):
+        logits = _without_tail(
+            logits, column([s.top_k or logits.shape[-1] for s in settings]), column([s.top_p for s in settings])
+        )
+    shares = logits.softmax(-1)
+    shares = shares.masked_fill(shares < column([s.min_p for s in settings]) * shares.amax(-1, keepdim=True), 0)
+    sums = shares.cumsum(-1)
+    drawn = column([uniform(row.key, row.position) for row in rows]) * sums[:, -1:]
+    # A token without a share ends where the one before it ends, and is passed over.
+    tokens = torch.searchsorted(sums, drawn, right=True).clamp(max=logits.shape[-1] - 1).squeeze(-1)
+    greedy = torch.tensor([s.greedy for s in settings], device=logits.device)
+    return torch.where(greedy, likeliest, tokens).tolist()
+
+
+def _without_tail(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Keep the top_k (B, 1) likeliest, and of them the likeliest that have a share of top_p (B, 1) together."""
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    ordered = ordered.masked_fill(ranks >= top_k, -torch.inf)
+    shares = ordered.softmax(-1)
+    # A token stays while those before it have less than top_p: the first one always does.
+    outside = (shares.cumsum(-1) - shares >= top_p) & (top_p < 1) | (ranks >= top_k)
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)

@@ -1,0 +1,101 @@
+"""From tokens to text as they arrive: whole characters, and nothing past a stop string, however it is tokenized."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hybrid.data.tokenizer import Tokenizer
+from hybrid.generation.sampling import Chosen, Sampling
+
+_CONTEXT = 4  # tokens before one that its text may depend on
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A token with its own text, and log-probabilities if they were asked for."""
+
+    token: int
+    text: str
+    logprob: float | None
+    top: list[tuple[str, float]]
+
+
+@dataclass
+class Piece:
+    """What came in one go: text that is certain (it can be empty), its tokens, and why it ended, once it has."""
+
+    text: str = ""
+    tokens: list[TokenText] = field(default_factory=list)
+    reason: str | None = None
+
+
+class TextStream:
+    """The text of one sequence. `push` tokens, then `finish` with the reason why it ended."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling):
+        self._tokenizer, self._sampling = tokenizer, sampling
+        self._ids = list(prompt[-_CONTEXT:])
+        self._decoder = tokenizer.stream(prompt)
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, chosen: Chosen) -> Piece:
+        """Take a token; `stopped` says whether a stop string has been met."""
+        token = self.describe(self._ids, chosen)
+        self._ids = [*self._ids[-_CONTEXT + 1 :], chosen.token]
+        return Piece(self._release(self._decoder.push(chosen.token)), [token])
+
+    def finish(self, reason: str) -> Piece:
+        """What was held back, and why it ended."""
+        text = "" if self.stopped else self._release(self._decoder.finish())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return Piece(text, [], reason)
+
+    def describe(self, before: Sequence[int], chosen: Chosen) -> TokenText:
+        """A token with its text where it stands, and those that were likely there."""
+        if self._sampling.logprobs is None:
+            return TokenText(chosen.token, "", None, [])
+        before = before[-_CONTEXT:]
+        top = [(token_text(self._tokenizer, before, token), value) for token, value in chosen.top]
+        return TokenText(chosen.token, token_text(self._tokenizer, before, chosen.token), chosen.logprob, top)
+
+    def _release(self, text: str) -> str:
+        """The part of what is there that can be given, up to a stop string or to what may become one."""
+        text = self._held + text
+        found = [at for stop in self._sampling.stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._sampling.stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def token_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
+    """The text of a token after others; a byte of an unfinished character as OpenAI writes it (bytes:\\xe2)."""
+    start = tokenizer.decode(before)
+    both = tokenizer.decode([*before, token])
+    text = both[len(start) :] if both.startswith(start) else tokenizer.decode([token])
+    if "\N{REPLACEMENT CHARACTER}" in text and tokenizer.vocab_size == 257 and token < 256:
+        return f"bytes:\\x{token:02x}"
+    return text or f"<token {token}>"
+
+
+def prompt_texts(tokenizer: Tokenizer, prompt: Sequence[int], scores: Sequence[Chosen]) -> list[TokenText]:
+    """The tokens of a prompt, the first of which has no log-probability; `scores` are of the others."""
+    first = Chosen(prompt[0])
+    result = []
+    for i, chosen in enumerate([first, *scores]):
+        before = prompt[max(0, i - _CONTEXT) : i]
+        top = [(token_text(tokenizer, before, token), value) for token, value in chosen.top]
+        text = token_text(tokenizer, before, chosen.token)
+        result.append(TokenText(chosen.token, text, chosen.logprob, top))
+    return result
+
+
+Listener = Callable[[Piece], None]

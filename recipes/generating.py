@@ -1,0 +1,274 @@
+"""A checkpoint of any format, or a run by its name, ready to generate.
+
+from recipes import open_generator
+with open_generator("tiny") as model:
+    print(model.generate("def ").text)
+"""
+
+import json
+import multiprocessing
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, Settings, TrainerConfig
+from hybrid.costs import memory
+from hybrid.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid.errors import ConfigError, Problem, UserError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+    from converters.checkpoint import Checkpoint
+    from hybrid.generation.generator import Generator
+    from hybrid.generation.runner import Room, Runner
+    from hybrid.generation.weights import Weights
+
+DTYPES = ("float32", "bfloat16", "float16")
+_MINUTES = timedelta(minutes=10)  # to read a rank's weights
+_FOREVER = timedelta(days=365)  # a follower waits for the next request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What is opened, and how it is to run."""
+
+    reference: str
+    tokenizer: str | None = None  # a tokenizer's file or folder; None: the one that the checkpoint names or brings
+    dtype: str | None = None  # None: the checkpoint's own on a GPU, float32 on a CPU
+    tensor_parallel: int = 1
+    slots: int = 32
+    max_length: int = 4096
+    prefill_chunk: int = 256
+    batch_invariant: bool = False
+    ssm_dtype: str | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)  # fields of the model that the checkpoint does not say
+    allow: tuple[str, ...] = ()  # names that its pickles may hold
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(name, f"is {getattr(self, name)}; it must be 1 or more")
+            for name in ("tensor_parallel", "slots", "max_length", "prefill_chunk")
+            if getattr(self, name) < 1
+        ]
+        problems += [
+            Problem(name, f"is '{getattr(self, name)}', which is not one of {', '.join(DTYPES)}")
+            for name in ("dtype", "ssm_dtype")
+            if getattr(self, name) not in (None, *DTYPES)
+        ]
+        if problems:
+            raise ConfigError(problems)
+
+
+def open_generator(reference: str | Path, *, max_waiting: int = 256, **options: Any) -> "Generator":
+    """Load what a run's name, a run's folder or a checkpoint of any format means; `options` are fields of `Opening`.
+
+    Raises ConfigError or UserError for what is not there, is damaged, has no tokenizer, or does not fit into memory;
+    the last is said before anything is loaded.
+    """
+    from hybrid.generation.generator import Generator
+
+    opening = Opening(reference=str(reference), **options)
+    checkpoint = _checkpoint(opening)
+    tokenizer = _tokenizer(opening, checkpoint)
+    opening = _limited(opening, checkpoint)
+    _require_memory(opening, checkpoint)
+    runner = _runner(opening, checkpoint) if opening.tensor_parallel == 1 else _lead(opening, checkpoint)
+    template = chat_template(_tokenizer_folder(opening, checkpoint))
+    name = checkpoint.path.name if Path(opening.reference).exists() else opening.reference
+    return Generator(runner, tokenizer, name, max_waiting=max_waiting, chat_template=template)
+
+
+def chat_template(folder: Path | None) -> str | None:
+    """The chat template that lies with a tokenizer, in a file of its own or in its configuration."""
+    if folder is None or not folder.is_dir():
+        return None
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text()
+    config = folder / "tokenizer_config.json"
+    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _checkpoint(opening: Opening) -> "Checkpoint":
+    from converters import convert
+
+    checkpoint = convert.open_checkpoint(opening.reference, opening.known, opening.allow)
+    checkpoint.require_complete()
+    model = checkpoint.model
+    if model.padded_vocab_size % opening.tensor_parallel:
+        checkpoint = convert.with_rows(checkpoint, model.vocab_size, 8 * opening.tensor_parallel)
+    return checkpoint
+
+
+def _limited(opening: Opening, checkpoint: "Checkpoint") -> Opening:
+    """With no more positions than there are learned ones."""
+    learned = checkpoint.tensors.get("embedding.position_embeddings.weight")
+    if learned is None:
+        return opening
+    return replace(opening, max_length=min(opening.max_length, learned.shape[0]))
+
+
+def _tokenizer_folder(opening: Opening, checkpoint: "Checkpoint") -> Path | None:
+    if opening.tokenizer is not None:
+        return Path(opening.tokenizer)
+    if checkpoint.settings is not None:
+        return Path(checkpoint.settings.data.tokenizer)
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
+    if opening.tokenizer is not None:
+        return load_tokenizer(opening.tokenizer, "--tokenizer")
+    if checkpoint.settings is not None:
+        return load_tokenizer(checkpoint.settings.data.tokenizer)
+    if any("tokenizer" in path.name or path.suffix == ".model" for path in checkpoint.companions):
+        return load_tokenizer(str(checkpoint.companions[0].parent), "--tokenizer")
+    message = f"{checkpoint.path} has no tokenizer beside it; name a file or folder, or 'byte'"
+    raise ConfigError(Problem("--tokenizer", message))
+
+
+def _settings(checkpoint: "Checkpoint") -> Settings:
+    """Settings that say nothing but the model."""
+    return Settings(
+        name="",
+        model=checkpoint.model,
+        parallel=ParallelConfig(),
+        data=DataConfig(),
+        optimizer=OptimizerConfig(),
+        trainer=TrainerConfig(),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def _dtype(opening: Opening, checkpoint: "Checkpoint") -> "torch.dtype":
+    import torch
+
+    if opening.dtype is not None:
+        return getattr(torch, opening.dtype)
+    if not torch.cuda.is_available():
+        return torch.float32
+    most = max(checkpoint.dtypes.items(), key=lambda item: item[1])[0]
+    return getattr(torch, most) if most in DTYPES else torch.bfloat16
+
+
+def _require_memory(opening: Opening, checkpoint: "Checkpoint") -> None:
+    """Raise UserError if the weights and the sequences' states do not fit, with the numbers."""
+    import psutil
+    import torch
+
+    dtype, ranks = _dtype(opening, checkpoint), opening.tensor_parallel
+    needs = memory.inference(_settings(checkpoint), dtype.itemsize)
+    rows = opening.slots + min(opening.slots, 8)
+    state = rows * (needs.state_per_sequence + needs.cache_per_token * opening.max_length)
+    if torch.cuda.is_available():
+        if ranks > torch.cuda.device_count():
+            raise ConfigError(Problem("--tensor-parallel", f"is {ranks}; there are {torch.cuda.device_count()} GPUs"))
+        free, where, share = min(torch.cuda.mem_get_info(i)[0] for i in range(ranks)), "the GPU", ranks
+    else:
+        free, where, share = psutil.virtual_memory().available, "this machine", 1
+    wanted = (needs.weights + state) / share
+    if wanted > free:
+        raise UserError(
+            f"{checkpoint.path} needs {_gib(wanted)} ({_gib(needs.weights / share)} of weights as "
+            f"{str(dtype).removeprefix('torch.')}, {_gib(state / share)} for {opening.slots} sequences of "
+            f"{opening.max_length} positions), and {where} has {_gib(free)} free; "
+            "fewer --slots, a smaller --max-length or --dtype bfloat16 take less"
+        )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _room(opening: Opening) -> "Room":
+    import torch
+
+    from hybrid.generation.runner import Room
+
+    return Room(
+        slots=opening.slots,
+        max_length=opening.max_length,
+        prefill_chunk=opening.prefill_chunk,
+        batch_invariant=opening.batch_invariant,
+        ssm_dtype=getattr(torch, opening.ssm_dtype) if opening.ssm_dtype else None,
+    )
+
+
+def _weights(
+    opening: Opening, checkpoint: "Checkpoint", rank: int = 0, group: "dist.ProcessGroup | None" = None
+) -> "Weights":
+    """Read this rank's part, a tensor at a time."""
+    import torch
+
+    from converters import layout, megatron
+    from converters.streams import Reader
+    from hybrid.generation import weights
+
+    model = replace(checkpoint.model, layer_pattern=str(checkpoint.model.pattern).replace("|", ""))
+    target = layout.target(model, tensor=opening.tensor_parallel)
+    shards = layout.shards(checkpoint.tensors, model, target)[rank, 0, 0]
+    named = {megatron.live_name(name, model): part for name, part in shards.items()}
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    with Reader() as reader:
+        return weights.build(
+            model,
+            lambda name: reader.tensor(named[name]),
+            device=device,
+            dtype=_dtype(opening, checkpoint),
+            group=group,
+        )
+
+
+def _runner(opening: Opening, checkpoint: "Checkpoint") -> "Runner":
+    from hybrid.generation.runner import Runner
+
+    return Runner(_weights(opening, checkpoint), _room(opening))
+
+
+def _lead(opening: Opening, checkpoint: "Checkpoint") -> "Runner":
+    """Rank 0 of several: start the others, processes of this machine that end with this one."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    for rank in range(1, opening.tensor_parallel):
+        context.Process(target=_follow, args=(opening, rank, port), daemon=True, name=f"rank {rank}").start()
+    return _joined(opening, checkpoint, 0, port)
+
+
+def _follow(opening: Opening, rank: int, port: int) -> None:
+    """Another rank: do what rank 0 does, until it stops or is gone."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
+    runner = _joined(opening, _checkpoint(opening), rank, port)
+    try:
+        runner.follow()
+    except RuntimeError:  # rank 0 is gone
+        return
+
+
+def _joined(opening: Opening, checkpoint: "Checkpoint", rank: int, port: int) -> "Runner":
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import TCPStore
+
+    from hybrid.generation.runner import Runner
+
+    size, cuda = opening.tensor_parallel, torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(rank)
+    store = TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=_MINUTES)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_FOREVER)
+    control = dist.new_group(backend="gloo", timeout=_FOREVER)
+    group = dist.group.WORLD
+    assert group is not None and isinstance(control, dist.ProcessGroup)
+    return Runner(_weights(opening, checkpoint, rank, group), _room(opening), control)

@@ -1,0 +1,179 @@
+"""Many requests on few slots: the same texts as alone, and nothing left behind."""
+
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid.data.tokenizer import ByteTokenizer
+from hybrid.errors import ConfigError
+from hybrid.generation.engine import Closed, Job, QueueFull
+from hybrid.generation.generator import Generator
+from hybrid.generation.sampling import Sampling
+from hybrid.generation.text import Piece
+from tests.hybrid.generation.conftest import Toy
+
+PROMPTS = ["a", "def ", "class Reader:\n", "x" * 37, "import os, sys\n", "é and ü, two bytes each", "q" * 16, "z" * 17]
+
+
+@pytest.fixture
+def model(hybrid_model: Toy) -> Iterator[Generator]:
+    with Generator(hybrid_model.runner(slots=4), ByteTokenizer(), "toy", max_waiting=2000) as generator:
+        yield generator
+
+
+def tokens_of(pieces: Any) -> list[int]:
+    return [token.token for piece in pieces for token in piece.tokens]
+
+
+def test_greedy_text_is_that_of_reading_everything_again_for_each_token(toy_model: Toy) -> None:
+    prompt = list(b"def ")
+    text = list(prompt)
+    for _ in range(12):
+        text.append(int(toy_model.whole(torch.tensor([text]))[0, -1].argmax()))
+    for chunk in (1, 3, 16):
+        with Generator(toy_model.runner(prefill_chunk=chunk), ByteTokenizer(), "toy") as model:
+            found = tokens_of(model.stream(prompt, temperature=0, max_tokens=12, ignore_end=True))
+        assert found == text[len(prompt) :]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}])
+def test_a_text_does_not_depend_on_what_else_is_made(model: Generator, settings: dict[str, Any]) -> None:
+    """Token by token the same: alone, and among others that come, go, and are of other lengths and settings."""
+    settings = {"max_tokens": 20, "ignore_end": True, **settings}
+    alone = [tokens_of(model.stream(prompt, **settings)) for prompt in PROMPTS]
+    together = model.generate_batch(PROMPTS, **settings)
+    assert [[token.token for token in text.tokens] for text in together] == alone
+    others = [model.stream(prompt, max_tokens=n, temperature=2.0) for n, prompt in enumerate(PROMPTS, 3)]
+    again = [tokens_of(model.stream(prompt, **settings)) for prompt in PROMPTS]
+    assert again == alone
+    for other in others:
+        assert tokens_of(other)
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(model: Generator) -> None:
+    def text(seed: int | None) -> list[int]:
+        return tokens_of(model.stream("abc", seed=seed, temperature=1.5, max_tokens=30))
+
+    assert text(5) == text(5)
+    assert text(5) != text(6)
+    assert text(None) != text(None)
+
+
+def test_log_probabilities_of_prompt_and_text_are_the_models(model: Generator, hybrid_model: Toy) -> None:
+    prompt = "def main():\n    pass  # 33 tokens\n"
+    text = model.generate(prompt, temperature=0, max_tokens=5, logprobs=3, echo=True, ignore_end=True)
+    ids = [token.token for token in text.tokens]
+    assert bytes(ids[: len(prompt)]) == prompt.encode() and len(ids) == len(prompt) + 5
+    shares = hybrid_model.whole(torch.tensor([ids]))[0].double().log_softmax(-1)
+    assert text.tokens[0].logprob is None
+    for i, token in enumerate(text.tokens[1:]):
+        # Float32 logits of size 1 to 10, summed in another order.
+        assert token.logprob == pytest.approx(float(shares[i, token.token]), abs=2e-4)
+        assert [value for _, value in token.top] == pytest.approx(shares[i].topk(3).values.tolist(), abs=2e-4)
+
+
+def test_reading_a_long_prompt_does_not_hold_up_the_others(model: Generator) -> None:
+    """A prompt of three pieces takes three rounds, and the others get a token in each."""
+    order: list[str] = []
+
+    def listener(name: str) -> Any:
+        return lambda piece: order.append(name)
+
+    sampling = Sampling(max_tokens=20, temperature=0, ignore_end=True)
+    short = model.job(list(b"a"), sampling, listener("short"))
+    long = model.job(list(b"b" * 40), Sampling(max_tokens=1, ignore_end=True), listener("long"))
+    ended = threading.Event()
+    short.on_end, before = (lambda reason: (before(reason), ended.set())), short.on_end  # type: ignore[assignment]
+    model.engine.submit(short, long)
+    assert ended.wait(60)
+    assert 2 <= order.index("long") < 20
+
+
+def test_a_thousand_requests_leave_no_slot_behind(model: Generator) -> None:
+    chance = random.Random(0)
+    reasons: list[str] = []
+    done = threading.Event()
+    jobs: list[Job] = []
+
+    def listener(piece: Piece) -> None:
+        if piece.reason:
+            reasons.append(piece.reason)
+            if len(reasons) == 1000:
+                done.set()
+
+    for _ in range(1000):
+        sampling = Sampling(
+            max_tokens=chance.choice([0, 1, 2, 3, 5, 8]),
+            temperature=chance.choice([0, 1.0]),
+            stop=chance.choice([(), ("e",), ("ab", "c")]),
+            stop_tokens=chance.choice([(), (101, 32)]),
+            logprobs=chance.choice([None, None, None, 2]),
+            echo=chance.random() < 0.1,
+        )
+        prompt = [chance.randrange(256) for _ in range(chance.choice([1, 2, 5, 16, 17, 40]))]
+        jobs.append(model.job(prompt, sampling, listener))
+    for start in range(0, 1000, 100):
+        model.engine.submit(*jobs[start : start + 100])
+        model.engine.cancel(*chance.sample(jobs[: start + 100], 30))
+    assert done.wait(120)
+    assert model.close(60)
+    engine = model.engine
+    assert (engine.waiting, engine.running) == (0, 0)
+    assert sorted(engine._free) == list(engine.runner.reading_rows)
+    assert {"cancelled", "stop", "length"} <= set(reasons) and "error" not in reasons
+
+
+def test_leaving_a_stream_frees_its_slot(model: Generator) -> None:
+    for _ in range(8):  # twice as many as there are slots
+        pieces = iter(model.stream("a", max_tokens=40, ignore_end=True))
+        next(pieces)
+        pieces.close()  # type: ignore[attr-defined]
+    assert model.generate("a", max_tokens=2, ignore_end=True).reason == "length"
+
+
+def test_a_full_queue_and_a_closed_engine_refuse(hybrid_model: Toy) -> None:
+    model = Generator(hybrid_model.runner(slots=2), ByteTokenizer(), "toy", max_waiting=1)
+    sampling, ignored = Sampling(max_tokens=60, ignore_end=True), lambda piece: None
+    jobs = [model.job([1], sampling, ignored) for _ in range(4)]
+    with pytest.raises(QueueFull, match="waiting already"):
+        model.engine.submit(*jobs)
+    model.engine.submit(*jobs[:3])
+    assert model.close()
+    assert all(job.row.position == 60 for job in jobs[:3])
+    with pytest.raises(Closed):
+        model.start([1], sampling, ignored)
+
+
+def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy) -> None:
+    runner = hybrid_model.runner()
+
+    def broken(tokens: list[int]) -> torch.Tensor:
+        raise RuntimeError("no memory")
+
+    runner.step = broken  # type: ignore[method-assign]
+    model = Generator(runner, ByteTokenizer(), "toy")
+    with pytest.raises(Exception, match="failed"):
+        model.generate("a", ignore_end=True, max_tokens=3)
+    with pytest.raises(Closed):
+        model.generate("a", max_tokens=3)
+    assert isinstance(model.engine.failure, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "says"),
+    [
+        ("", {}, "prompt: is empty"),
+        ([300], {}, "prompt: has token 300; the vocabulary has those from 0 to 256"),
+        ("a", {"max_tokens": 64}, "max_tokens: is 64, and the prompt has 1 tokens; together they may be 64"),
+        ("a", {"top_q": 1}, "top_q: is no setting; there are echo, ignore_end"),
+        ("a", {"temperature": -1, "top_p": 0}, "temperature: is -1; .*\ntop_p: is 0; "),
+        ("a", {"stop_tokens": (-3,)}, "prompt: has token -3"),
+    ],
+)
+def test_wrong_requests_are_refused_at_once(model: Generator, prompt: Any, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        model.stream(prompt, **settings)

@@ -1,0 +1,75 @@
+"""Choosing tokens: each setting by itself, against its definition."""
+
+import pytest
+import torch
+
+from hybrid.errors import ConfigError
+from hybrid.generation.sampling import Row, Sampling, choose, new_key, uniform
+
+SHARES = torch.tensor([0.5, 0.3, 0.15, 0.05])
+
+
+def counts(sampling: Sampling, draws: int = 4000, seen: tuple[int, ...] = ()) -> list[float]:
+    rows = [Row(sampling, new_key(seed), seen=set(seen)) for seed in range(draws)]
+    drawn = [chosen.token for chosen in choose(SHARES.log().expand(draws, -1), rows)]
+    return [drawn.count(token) / draws for token in range(4)]
+
+
+# Four standard deviations of a share of 4000 draws are at most 0.032.
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(temperature=1.0), SHARES.tolist()),
+        (Sampling(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0]),
+        (Sampling(temperature=1.0, top_p=0.9), [0.526, 0.316, 0.158, 0]),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(temperature=1.0, min_p=0.2), [0.526, 0.316, 0.158, 0]),
+        (Sampling(temperature=0.5), (SHARES**2 / (SHARES**2).sum()).tolist()),
+        (Sampling(temperature=0), [1, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_k=1), [1, 0, 0, 0]),
+    ],
+)
+def test_tokens_come_as_often_as_the_settings_say(sampling: Sampling, expected: list[float]) -> None:
+    assert counts(sampling) == pytest.approx(expected, abs=0.032)
+
+
+def test_a_penalty_makes_what_was_there_rarer() -> None:
+    # A log of a share is negative: the penalty multiplies it, so that the share is taken to its power.
+    weights = torch.tensor([0.5**1.5, 0.3, 0.15, 0.05])
+    expected = (weights / weights.sum()).tolist()
+    assert counts(Sampling(temperature=1.0, repetition_penalty=1.5), seen=(0,)) == pytest.approx(expected, abs=0.032)
+    assert counts(Sampling(temperature=0, repetition_penalty=3.0), 2, seen=(0,)) == [0, 1, 0, 0]
+
+
+def test_rows_with_different_settings_do_not_mix() -> None:
+    settings = [Sampling(temperature=0), Sampling(temperature=1.0, top_k=2), Sampling(temperature=1.0, top_p=0.01)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    together = choose(logits, [Row(s, new_key(7)) for s in settings])
+    alone = [choose(logits[i : i + 1], [Row(s, new_key(7))])[0] for i, s in enumerate(settings)]
+    assert together == alone
+
+
+def test_random_numbers_are_uniform_and_differ_by_seed_position_and_number() -> None:
+    numbers = [uniform(new_key(seed), position) for seed in range(100) for position in range(100)]
+    drawn = torch.tensor(numbers, dtype=torch.float64)
+    assert drawn.unique().numel() == 10_000
+    # 1.63 / sqrt(n) is what the largest gap of Kolmogorov and Smirnov exceeds in one of a hundred cases.
+    gap = (drawn.sort().values - (torch.arange(10_000) + 0.5) / 10_000).abs().max()
+    assert gap < 1.63 / 100
+    assert uniform(new_key(1, 0), 0) != uniform(new_key(1, 1), 0)
+
+
+def test_log_probabilities_are_those_before_the_settings() -> None:
+    row = Row(Sampling(temperature=0.1, top_k=1, logprobs=2), new_key(0))
+    (chosen,) = choose(SHARES.log()[None], [row])
+    assert chosen.logprob == pytest.approx(float(SHARES[0].log()), abs=1e-6)
+    assert [token for token, _ in chosen.top] == [0, 1]
+
+
+def test_all_wrong_values_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Sampling(
+            temperature=-1, top_k=-1, top_p=1.5, min_p=2, repetition_penalty=0, seed=2**70, stop=("",), logprobs=99
+        )
+    places = [problem.place for problem in caught.value.problems]
+    assert places == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs"]
