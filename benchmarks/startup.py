@@ -24,6 +24,7 @@ COMMANDS = {
     "hybrid show hybrid_8b --format yaml": (["show", "hybrid_8b", "--format", "yaml"], 0.8),
     "hybrid diff hybrid_800m hybrid_8b": (["diff", "hybrid_800m", "hybrid_8b"], 0.8),
     "hybrid plan hybrid_8b": (["plan", "hybrid_8b"], 0.8),
+    "hybrid plan nemotron_h_56b --gpus 1024 --search": (["plan", "nemotron_h_56b", "--gpus", "1024", "--search"], 10),
 }
 
 

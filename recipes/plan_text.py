@@ -1,5 +1,6 @@
 """Plans and searches as text."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
@@ -48,7 +49,7 @@ def search_text(found: Search, paint: Paint = lambda text, role: text) -> str:
             paint(f"{number:>2}. {_seconds(plan.step.seconds)} a step", "section")
             + f", MFU {plan.mfu:.0%}, {plan.memory.total / GIB:.1f} GiB: {_layout(plan)}"
         )
-        changes = " ".join(f"{name}={value}" for name, value in candidate.overrides.items())
+        changes = shlex.join(f"{name}={value}" for name, value in candidate.overrides.items())
         lines.append(f"    {candidate.reason}")
         lines.append(f"    {changes or 'the recipe as it is'}")
     if not found.candidates:

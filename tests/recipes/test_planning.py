@@ -1,5 +1,6 @@
 """Plans of recipes: on which machine, with which problems, as text and as a picture."""
 
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -70,6 +71,9 @@ def test_a_recipe_for_a_machine_without_gpu_says_so() -> None:
 def test_layouts_are_listed_with_reason_and_overrides() -> None:
     found = planning.layouts(hybrid_8b(), gpus=8)
     text = plan_text.search_text(found)
+    changes = [line.strip() for line in text.splitlines() if "=" in line and line.startswith("    ")]
+    stated = [" ".join(f"{name}={value}" for name, value in each.overrides.items()) for each in found.candidates]
+    assert [" ".join(shlex.split(line)) for line in changes] == [line for line in stated if line], "fit for a shell"
     assert text.startswith(" 1. ")
     assert "parallel." in text
     best = found.candidates[0]
