@@ -13,6 +13,7 @@ What it changes, and why each is enough:
   nothing, since every operation on the CPU is finished when it returns.
 - The "CUDA" random state is torch's CPU generator, so that the tracker that gives tensor-parallel ranks different
   dropout, and activation recomputation, work as on a GPU.
+- Gathers and scatters take parts of unequal length, as NCCL's do (`hybrid.model.gloo`).
 - How many tokens each expert gets is made an array on its way to the host, also when it is there already.
 """
 
@@ -106,6 +107,9 @@ def enable() -> None:
     from megatron.core.tensor_parallel import random as parallel_random
     from megatron.core.transformer.moe import token_dispatcher
 
+    from hybrid.model import gloo
+
+    gloo.enable()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.set_device = cuda.synchronize = cuda.empty_cache = _nothing
