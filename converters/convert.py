@@ -315,10 +315,10 @@ def _reference(reference: str | Path) -> tuple[str | None, Path]:
 
 
 def _nothing(path: Path, stated: str | None) -> str:
-    if stated:
-        return f"is no checkpoint of the format {stated}"
     if not path.exists():
         return "does not exist"
+    if stated:
+        return f"is no checkpoint of the format {stated}"
     names = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else [path.name]
     inside = f"it holds {', '.join(names)}" if names else "it is empty"
     return (

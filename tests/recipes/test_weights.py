@@ -101,7 +101,8 @@ def test_weights_of_another_model_are_refused_before_anything_runs(trained: Path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("checkpoint.load=hf:nowhere", "is no checkpoint of the format hf"),
+        ("checkpoint.load=hf:nowhere", "hf:nowhere: does not exist"),
+        ("checkpoint.load=hf:HERE", "is no checkpoint of the format hf"),
         ("checkpoint.load=nowhere", "neither a run nor a checkpoint"),
         ("checkpoint.export=nowhere", "is 'nowhere', which is not one of torch_dist:PATH, megatron:PATH, hf:PATH"),
         ("checkpoint.export=hf:HERE", "exists already"),
