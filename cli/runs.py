@@ -1,6 +1,7 @@
 """Verbs about the runs so far."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command("status")(status)
     app.command("logs")(logs)
     app.command("cancel")(cancel)
+    app.command("plot")(plot)
 
 
 def runs(folder: Folder = "runs", as_json: Json = False) -> None:
@@ -30,11 +32,11 @@ def runs(folder: Folder = "runs", as_json: Json = False) -> None:
     if not states:
         typer.echo(f"there are no runs in '{folder}' yet", err=True)
         return
-    rows = [("run", "state", "step", "loss", "where", "")]
-    rows += [(it.name, it.status, _step(it), _loss(it), it.kind, it.detail) for it in states]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    for row in rows:
-        typer.echo("  ".join([f"{row[column]:<{widths[column]}}" for column in range(5)] + [row[5]]).rstrip())
+    rows = [("run", "state", "step", "loss", "bits/byte", "tokens/s", "where", "")]
+    rows += [(it.name, it.status, _step(it), _loss(it), _bits(it), _speed(it), it.kind, it.detail) for it in states]
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    for *row, note in rows:
+        typer.echo("  ".join([*(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)), note]).rstrip())
 
 
 def status(run: Run, folder: Folder = "runs", as_json: Json = False) -> None:
@@ -54,6 +56,8 @@ def status(run: Run, folder: Folder = "runs", as_json: Json = False) -> None:
     typer.echo(f"{state.name} is {state.status}{detail}")
     if state.step is not None:
         typer.echo(f"step {_step(state)}, loss {_loss(state)}")
+    for line in state.measured():
+        typer.echo(line)
     if len(state.jobs) > 1:
         for job in state.jobs:
             typer.echo(f"  job {job.identity}: {job.status}{f' ({job.detail})' if job.detail else ''}")
@@ -84,6 +88,22 @@ def cancel(run: Run, folder: Folder = "runs") -> None:
         typer.echo(watching.cancel(one))
 
 
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs, or their folders.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A .png or .html file; curves.png in the run.")
+    ] = None,
+    folder: Folder = "runs",
+) -> None:
+    """Draw the curves of one or several runs into one picture."""
+    from recipes import curves, records
+
+    paths = [records.find(run, folder) for run in runs]
+    output = output or paths[0] / "curves.png"
+    curves.draw([curves.read(path) for path in paths], output)
+    typer.echo(f"drawn into {output}")
+
+
 def _step(state: "object") -> str:
     step, steps = getattr(state, "step", None), getattr(state, "steps", None)
     return "" if step is None else f"{step}/{steps}" if steps else str(step)
@@ -92,3 +112,13 @@ def _step(state: "object") -> str:
 def _loss(state: "object") -> str:
     loss = getattr(state, "loss", None)
     return "" if loss is None else f"{loss:.4f}"
+
+
+def _bits(state: "object") -> str:
+    bits = getattr(state, "bits_per_byte", {})
+    return f"{next(iter(bits.values())):.3f}" if bits else ""
+
+
+def _speed(state: "object") -> str:
+    speed = getattr(state, "metrics", {}).get("tokens_per_second")
+    return f"{speed:,.0f}" if speed else ""

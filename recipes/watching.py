@@ -49,7 +49,8 @@ class Job:
 @dataclass
 class State:
     """How a run stands. `step` of `steps` is the newest that is recorded, `loss` its loss, `validation` those of the
-    newest validation by the name of the held-out set.
+    newest validation by the name of the held-out set, `bits_per_byte` likewise, `metrics` what else the newest step
+    recorded.
     """
 
     name: str
@@ -61,6 +62,8 @@ class State:
     steps: int | None = None
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict)
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
     last_lines: list[str] = field(default_factory=list)
 
     @property
@@ -70,6 +73,22 @@ class State:
             return 0
         codes = [job.code for job in self.jobs if job.code]
         return codes[-1] if codes else 1
+
+    def measured(self) -> Iterator[str]:
+        """What `hybrid status` says of the newest metrics, line by line."""
+        for name, loss in self.validation.items():
+            yield f"{name}: loss {loss:.4f}, {self.bits_per_byte[name]:.3f} bits per byte"
+        at = self.metrics
+        if "tokens_per_second" in at:
+            mfu = f", MFU {at['mfu']:.1%}" if "mfu" in at else ""
+            yield f"{at['tokens_per_second']:,.0f} tokens/s, {at['step_seconds']:.3f} s a step{mfu}"
+        if "data_seconds" in at:
+            phases = ("data", "forward_backward", "optimizer", "other")
+            shares = ", ".join(f"{phase.replace('_', ' and ')} {at[f'{phase}_seconds']:.3f} s" for phase in phases)
+            yield f"of a step: {shares}; memory {at['memory_gib']:.2f} GiB"
+        if "slowest_rank" in at:
+            slow, usual = at["slowest_seconds"], at["median_rank_seconds"]
+            yield f"slowest rank {at['slowest_rank']:.0f}: {slow:.3f} s of its own work a step, usual is {usual:.3f} s"
 
 
 def state(folder: Path) -> State:
@@ -284,14 +303,18 @@ def _summary(jobs: list[Job]) -> tuple[Status, str]:
     return jobs[-1].status, jobs[-1].detail
 
 
-def _progress(answer: dict[str, str]) -> tuple[int | None, int | None, float | None, dict[str, float]]:
-    step, loss, validation = None, None, {}
+def _progress(
+    answer: dict[str, str],
+) -> tuple[int | None, int | None, float | None, dict[str, float], dict[str, float], dict[str, float]]:
+    step, loss, validation, bits, metrics = None, None, {}, {}, {}
     for entry in _entries(answer["metrics"]):
         step = entry.get("step", step)
         loss = entry.get("loss", loss)
+        if "loss" in entry:
+            metrics = {name: value for name, value in entry.items() if name != "step" and value is not None}
         for name in [key.removesuffix("_bits_per_byte") for key in entry if key.endswith("_bits_per_byte")]:
-            validation[name] = entry[f"{name}_loss"]
-    return step, _steps(answer["settings"]), loss, validation
+            validation[name], bits[name] = entry[f"{name}_loss"], entry[f"{name}_bits_per_byte"]
+    return step, _steps(answer["settings"]), loss, validation, bits, metrics
 
 
 def _entries(text: str) -> Iterator[dict[str, Any]]:

@@ -46,7 +46,7 @@ class Profiling:
     def _prepare(self, step: int) -> None:
         """Start what is to record the next step."""
         if self._trainer.profile and step + 1 == self._trainer.profile[0]:
-            self._profiler = torch.profiler.profile(with_stack=False, profile_memory=True)
+            self._profiler = torch.profiler.profile(profile_memory=True, acc_events=True)
             self._over.enter_context(self._profiler)
         snapshot = self._trainer.memory_snapshot if torch.cuda.is_available() else None
         if snapshot and step + 2 == max(2, snapshot):

@@ -1,7 +1,7 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` and `log.txt`.
 
 Both stay bounded however long a run is: lines where there is no terminal come at growing distances, and when
-metrics.jsonl has grown large, every second step of its older half is left out, once more each time.
+metrics.jsonl has grown large, only every second, fourth, eighth... step of its older half is kept.
 """
 
 import json
@@ -152,11 +152,14 @@ def keep_lines_up_to(metrics: Path, step: int) -> list[str]:
 
 
 def thinned(metrics: Path) -> list[str]:
-    """The lines without every second step of the older half; validations and saves all stay."""
+    """The lines without half or more of the steps of the older half, evenly; validations and saves all stay."""
     lines = metrics.read_text().splitlines(keepends=True)
-    steps = [number for number, line in enumerate(lines) if '"loss"' in line]
-    dropped = set(steps[: len(steps) // 2 : 2])
-    return [line for number, line in enumerate(lines) if number not in dropped]
+    numbers = [number for number, line in enumerate(lines) if '"loss"' in line]
+    older = {number: json.loads(lines[number])["step"] for number in numbers[: len(numbers) // 2]}
+    stride = 2
+    while sum(step % stride == 0 for step in older.values()) > len(older) / 2:
+        stride *= 2
+    return [line for number, line in enumerate(lines) if older.get(number, 0) % stride == 0]
 
 
 def _rewrite(path: Path, lines: list[str]) -> None:
