@@ -98,7 +98,7 @@ def run(recipe: "fdl.Partial[Any]", built: Settings, executor: Any, *, detach: b
                 return 0
             experiment.run(detach=detach)
             job = experiment.jobs[0]
-    except (AssertionError, RuntimeError, OSError, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # whatever the client of a cloud or of docker raises
         raise UserError(f"nemo-run's {type(executor).__name__} did not start the run: {error}") from error
     if detach:
         print(f"{built.name} is sent as {job.handle}; `nemo experiment status {experiment._id}` says how it stands")

@@ -6,6 +6,7 @@ How a Slurm job stands is asked of squeue while Slurm knows it, then of the file
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -33,6 +34,8 @@ _LIVE = ("queued", "running")
 # 128 + SIGINT, SIGUSR1, SIGTERM: asked to stop (hybrid/training/interrupt.py).
 _STOPPED = (130, 138, 143)
 _LAST_LINES = 20
+# What recipes.worker and recipes.torchrun say; the others fail after the first, where they wait for it.
+_FAILED_RANK = re.compile(r"the last lines of rank |rank \d+ (failed:|on \S+ (died|ended) )")
 _SECONDS = 2.0  # between two looks at a run that is followed
 
 
@@ -340,7 +343,7 @@ def _last_lines(log: str) -> list[str]:
     after = ("srun: ", "job exited with code ", "== ")
     lines = [line for line in log.rstrip().splitlines() if not line.startswith(after)]
     for number, line in enumerate(lines):
-        if line.startswith(("the last lines of rank ", "rank ")) and ("failed:" in line or line.startswith("the last")):
+        if _FAILED_RANK.match(line):
             return lines[number : number + 2 * _LAST_LINES]
     return lines[-_LAST_LINES:]
 

@@ -5,8 +5,8 @@
     python tests/slurm/cluster.py up FOLDER --accounting   # with slurmdbd and MariaDB
     python tests/slurm/cluster.py down FOLDER
 
-Everything it writes is in FOLDER, everything it starts ends with `down`. It opens ports of its own, so it does not
-disturb a cluster that the machine is part of. Nodes n1 and n2 have 8 cores and 2 GPUs each, which exist on paper only.
+Everything it writes is in FOLDER, everything it starts ends with `down`. It takes ports that are free, so it disturbs
+no other cluster on this machine. Nodes n1 and n2 have 8 cores and 2 GPUs each, which exist on paper only.
 Jobs in partition `main` yield to those in `urgent`: they are told to stop, have a minute, and are queued again.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -22,19 +23,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("slurm-wlm", "munge")
 SSH_PACKAGES = ("openssh-server", "rsync")
 ACCOUNTING_PACKAGES = ("slurmdbd", "mariadb-server")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+SSH_PROGRAMS = ("sshd", "rsync")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db")
-CONTROLLER_PORT, DATABASE_DAEMON_PORT, DATABASE_PORT = 17100, 17101, 17102
-NODE_PORTS = {"n1": 17111, "n2": 17112}
+NODES = ("n1", "n2")
 
 SLURM_CONF = """\
 ClusterName=hybrid
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
+SlurmctldPort={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -63,7 +65,8 @@ JobCompType=jobcomp/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_node}-{last_node}] CPUs=8 RealMemory=4000 Gres=gpu:2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=8 RealMemory=4000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=8 RealMemory=4000 Gres=gpu:2
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
@@ -71,7 +74,7 @@ WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none\n"
 WITH_ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
-AccountingStoragePort={port}
+AccountingStoragePort={database_daemon}
 AccountingStorageEnforce=associations
 JobAcctGatherType=jobacct_gather/none
 """
@@ -80,13 +83,13 @@ AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 DbdHost=localhost
 DbdAddr=127.0.0.1
-DbdPort={port}
+DbdPort={database_daemon}
 SlurmUser={user}
 PidFile={folder}/slurmdbd.pid
 LogFile={folder}/slurmdbd.log
 StorageType=accounting_storage/mysql
 StorageHost=127.0.0.1
-StoragePort={database_port}
+StoragePort={database}
 StorageUser=slurm
 StoragePass=slurm
 StorageLoc=slurm_acct_db
@@ -105,14 +108,24 @@ def lacking(*, accounting: bool = False) -> str:
     return ""
 
 
-def install() -> None:
-    """Install Debian's packages, without starting what they bring."""
+def install() -> str:
+    """Install Debian's packages, without starting what they bring; says why not where that cannot be done."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    programs = [*PROGRAMS, *ACCOUNTING_PROGRAMS, *SSH_PROGRAMS, "shellcheck"]
+    if all(shutil.which(name, path=path) for name in programs):
+        return ""
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        return "Slurm's packages are installed by root, with apt-get"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     packages = [*PACKAGES, *SSH_PACKAGES, *ACCOUNTING_PACKAGES, "shellcheck"]
-    subprocess.run(["apt-get", "update", "-q"], check=True, env=environment)
-    subprocess.run(
-        ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages], check=True, env=environment
-    )
+    for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+        done = subprocess.run(
+            ["apt-get", "-q", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if done.returncode:
+            last = done.stdout.decode(errors="replace").strip().splitlines()[-5:]
+            return "\n".join([f"apt-get {words[0]} failed:", *last])
+    return ""
 
 
 class Cluster:
@@ -145,10 +158,26 @@ class Cluster:
     def stop(self) -> None:
         """End the daemons and the jobs' processes that are left."""
         with contextlib.suppress(RuntimeError, FileNotFoundError):
-            self.run("scancel", "--full", "--user", pwd.getpwuid(os.geteuid()).pw_name)
-        names = ["slurmctld", *(f"slurmd-{node}" for node in NODE_PORTS), "slurmdbd", "mariadbd", "munged"]
+            self.run("scancel", "--full", "--signal=KILL", "--user", pwd.getpwuid(os.geteuid()).pw_name)
+            self.run("scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
+            self._wait(lambda: not self.run("squeue", "--noheader"), "an empty queue", 15)
+        names = ["slurmctld", *(f"slurmd-{node}" for node in NODES), "slurmdbd", "mariadbd", "munged"]
         for name in names:
             _end(self.folder / f"{name}.pid")
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _left(self) -> list[int]:
+        """Processes that this cluster has started and that live on: those of jobs when a daemon was ended first."""
+        mark, found = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode(), []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                # Those of the tests themselves have the variable, but no job's.
+                variables = path.read_bytes().split(b"\0")
+                if mark in variables and any(one.startswith(b"SLURM_JOB_ID=") for one in variables):
+                    found.append(int(path.parent.name))
+        return found
 
     def _start(self) -> None:
         folder = self.folder
@@ -156,12 +185,12 @@ class Cluster:
         os.chmod(folder, 0o755)  # munge refuses a socket that others cannot reach
         user = pwd.getpwuid(os.geteuid()).pw_name
         self._start_munge()
-        names = {"folder": folder, "user": user, "host": socket.gethostname()}
+        ports = _free_ports("controller", "database_daemon", "database", *NODES)
+        names = {"folder": folder, "user": user, "host": socket.gethostname(), **ports}
         if self.accounting:
-            self._start_accounting(user)
-        text = SLURM_CONF.format(port=CONTROLLER_PORT, first_node=NODE_PORTS["n1"], last_node=NODE_PORTS["n2"], **names)
-        text += WITH_ACCOUNTING.format(port=DATABASE_DAEMON_PORT) if self.accounting else WITHOUT_ACCOUNTING
-        (folder / "slurm.conf").write_text(text)
+            self._start_accounting(names)
+        text = SLURM_CONF + (WITH_ACCOUNTING if self.accounting else WITHOUT_ACCOUNTING)
+        (folder / "slurm.conf").write_text(text.format(**names))
         for gpu in ("gpu0", "gpu1"):  # Slurm counts devices: two more of /dev/null
             if not (folder / gpu).exists():
                 os.mknod(folder / gpu, stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -170,7 +199,7 @@ class Cluster:
         if self.accounting:
             self._add_accounts(user)
         self._daemon("slurmctld", "-f", str(folder / "slurm.conf"))
-        for node in NODE_PORTS:
+        for node in NODES:
             (folder / f"spool-{node}").mkdir(exist_ok=True)
             self._daemon("slurmd", "-N", node, "-f", str(folder / "slurm.conf"))
         self._wait(lambda: set(self.run("sinfo", "--noheader", "-o", "%t").split()) == {"idle"}, "two idle nodes")
@@ -191,8 +220,8 @@ class Cluster:
             f"--log-file={self.folder / 'munged.log'}",
         )
 
-    def _start_accounting(self, user: str) -> None:
-        data = self.folder / "database"
+    def _start_accounting(self, names: dict[str, Any]) -> None:
+        user, data = names["user"], self.folder / "database"
         base = [f"--datadir={data}", f"--user={user}", "--no-defaults"]
         if not data.exists():
             self._do("mariadb-install-db", "--no-defaults", *base[:2], "--skip-test-db")
@@ -203,7 +232,7 @@ class Cluster:
                 "--no-defaults",
                 *base[:2],
                 f"--socket={self.folder / 'mariadb.socket'}",
-                f"--port={DATABASE_PORT}",
+                f"--port={names['database']}",
                 "--bind-address=127.0.0.1",
                 f"--pid-file={self.folder / 'mariadbd.own.pid'}",
             ],
@@ -218,9 +247,7 @@ class Cluster:
             self.run(*client, f"CREATE USER IF NOT EXISTS 'slurm'@'{host}' IDENTIFIED BY 'slurm'")
             self.run(*client, f"GRANT ALL ON slurm_acct_db.* TO 'slurm'@'{host}'")
         configuration = self.folder / "slurmdbd.conf"
-        configuration.write_text(
-            SLURMDBD_CONF.format(folder=self.folder, user=user, port=DATABASE_DAEMON_PORT, database_port=DATABASE_PORT)
-        )
+        configuration.write_text(SLURMDBD_CONF.format(**names))
         configuration.chmod(0o600)
         # slurmdbd looks for its configuration beside slurm.conf.
         self._daemon("slurmdbd")
@@ -259,6 +286,18 @@ class Cluster:
             time.sleep(0.3)
 
 
+def _free_ports(*names: str) -> dict[str, int]:
+    """A free port for each name, below those that the system gives out by itself."""
+    ports = {}
+    for port in random.sample(range(15000, 32000), 200):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            ports[names[len(ports)]] = port
+        if len(ports) == len(names):
+            return ports
+    raise RuntimeError("no ports are free")
+
+
 def _program(name: str) -> str:
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
     found = shutil.which(name, path=path)
@@ -294,8 +333,9 @@ def main() -> int:
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB")
     given = parser.parse_args()
     if given.verb == "install":
-        install()
-        return 0
+        if reason := install():
+            print(reason, file=sys.stderr)
+        return 1 if reason else 0
     if given.folder is None:
         parser.error("FOLDER is missing")
     cluster = Cluster(given.folder, accounting=given.accounting)

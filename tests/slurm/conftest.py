@@ -1,5 +1,6 @@
 """A Slurm cluster for the tests: without accounting, and with it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -38,17 +39,23 @@ ON_SLURM = ["--executor", "slurm", "executor.gpu_request=none", "executor.time=3
 class Place:
     """A working folder on the login node of a cluster."""
 
-    def __init__(self, cluster: clusters.Cluster, folder: Path):
-        self.cluster, self.folder = cluster, folder
+    def __init__(self, cluster: clusters.Cluster | None, folder: Path):
+        self.of, self.folder = cluster, folder
         self.environment = {
             **os.environ,
-            **cluster.environment,
+            **(cluster.environment if cluster else {}),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "HYBRID_EXECUTORS": str(folder / "executors.yaml"),
             # nemo-run's notes of its own are the user's; these are the test's.
             "NEMORUN_HOME": str(folder / "nemo_run_home"),
         }
+
+    @property
+    def cluster(self) -> clusters.Cluster:
+        """The cluster; a working folder on a machine without one has none."""
+        assert self.of
+        return self.of
 
     def hybrid(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """Run the command here; a traceback is never what a user is to see."""
@@ -58,10 +65,16 @@ class Place:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=900,
         )
-        assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
+        # A log may hold one: when a rank is killed, the others fail where they wait for it.
+        said = done.stderr if words[0] in ("logs", "status") else done.stderr + done.stdout
+        assert "Traceback" not in said, said
         return done
+
+    def losses(self, name: str) -> dict[int, float]:
+        """The losses of a run by step."""
+        return {line["step"]: line["loss"] for line in map(json.loads, self.steps(name)) if "loss" in line}
 
     def pretrain(self, name: str, steps: int, *more: str) -> "subprocess.CompletedProcess[str]":
         """Train a small model on the cluster; what `more` says replaces what SMALL and ON_SLURM say."""
@@ -75,12 +88,12 @@ class Place:
         assert done.returncode == 0, done.stderr
         return done.stdout.split()[-1]
 
-    def wait(self, holds: Callable[[], object], what: str, seconds: float = 240) -> None:
+    def wait(self, holds: Callable[[], object], what: str, seconds: float = 600) -> None:
         """Wait until something holds."""
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}:\n{self.logs()}"
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def steps(self, name: str) -> list[str]:
         """The lines of a run's metrics."""
@@ -91,14 +104,32 @@ class Place:
         """The first line of `hybrid status`."""
         return self.hybrid("status", name).stdout.splitlines()[0]
 
+    def log(self, name: str) -> str:
+        """What the jobs of a run have written."""
+        return self.hybrid("logs", name).stdout
+
+    def jobs(self, name: str) -> list[str]:
+        """Slurm's ids of a run's jobs."""
+        return json.loads((self.folder / "runs" / name / "job.json").read_text())["ids"]
+
+    def known(self, ids: str) -> bool:
+        """Whether Slurm's controller still knows one of these jobs."""
+        try:
+            return bool(self.cluster.run("squeue", "--noheader", "--states=all", "-j", ids))
+        except RuntimeError:  # slurm_load_jobs error: Invalid job id specified
+            return False
+
     def logs(self) -> str:
         """What the jobs have written, for whoever reads why a test failed."""
         return "\n".join(path.read_text()[-3000:] for path in sorted(self.folder.glob("runs/*/logs/*_*.out")))
 
 
-@pytest.fixture(scope="session", params=["without accounting", "with accounting"])
+WITHOUT, WITH = "without accounting", "with accounting"
+
+
+@pytest.fixture(scope="session", params=[WITHOUT, WITH])
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[clusters.Cluster]:
-    accounting = request.param == "with accounting"
+    accounting = request.param == WITH
     if reason := clusters.lacking(accounting=accounting):
         pytest.skip(f"no Slurm cluster {request.param}: {reason}")
     with clusters.Cluster(tmp_path_factory.mktemp("cluster"), accounting=accounting) as running:
@@ -111,10 +142,9 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def place(cluster: clusters.Cluster, tmp_path: Path, shared_cache: Path) -> Iterator[Place]:
-    (tmp_path / "cache").symlink_to(shared_cache)
-    made = Place(cluster, tmp_path)
-    yield made
-    cluster.run("scancel", "--user", "root")
-    made.wait(lambda: not cluster.run("squeue", "--noheader"), "an empty queue", 60)
+@pytest.fixture(scope="session")
+def place(cluster: clusters.Cluster, tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Place:
+    """One working folder for all runs on a cluster: jobs of one test run beside those of the next."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "cache").symlink_to(shared_cache)
+    return Place(cluster, folder)
