@@ -5,12 +5,15 @@ sums the time step's low rank, B and C over the ranks that share the channels, a
 nor the time steps for the backward pass, which makes them again.
 
 Shapes: T positions, B batch, c channels of this rank, N state, R rank of the time step, W width of the convolution. The
-kernels want positions innermost: (B, c, T).
+kernels want positions innermost, (B, c, T), and T a multiple of 8: they then read 16 bytes at once, and do without the
+other path of causal-conv1d 1.7's backward pass (`causal_conv1d_bwd.cu`). It forgets the last inputs before a chunk of
+1024 positions (512 in float32) that holds fewer than 8 (4) of them, and gives wrong gradients there.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from causal_conv1d.cpp_functions import (  # pyright: ignore[reportMissingImports]
     causal_conv1d_bwd_function,
     causal_conv1d_fwd_function,
@@ -20,6 +23,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hybrid.model.transpose import channels_first, positions_first
+
+MULTIPLE = 8
 
 
 def mix(
@@ -38,7 +43,10 @@ def mix(
     xz (T, B, 2c); conv (c, W), conv_bias (c), x_weight (R+2N, c) and dt_weight (c, R) in its type; dt_bias and D (c)
     and A (c, N), negative, in float32. Returns (T, B, c).
     """
-    return _Mix.apply(xz, conv, conv_bias, x_weight, dt_weight, dt_bias, A, D, group)  # type: ignore[return-value]
+    positions = len(xz)
+    xz = F.pad(xz, (0, 0, 0, 0, 0, -positions % MULTIPLE)) if positions % MULTIPLE else xz
+    mixed: Any = _Mix.apply(xz, conv, conv_bias, x_weight, dt_weight, dt_bias, A, D, group)
+    return mixed[:positions]  # what was put behind them does not bear on them
 
 
 class _Mix(torch.autograd.Function):

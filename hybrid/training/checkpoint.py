@@ -144,6 +144,7 @@ def serialisable(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _random_state() -> ShardedObject:
     state = {
+        "device": _device(),
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
@@ -159,11 +160,21 @@ def _random_state() -> ShardedObject:
     )
 
 
+def _device() -> str:
+    """The kind of device whose random numbers the model takes."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _rng_tracker() -> Any:
     return get_cuda_rng_tracker()
 
 
 def _set_random_state(state: dict[str, Any]) -> None:
+    if state.get("device", _device()) != _device():
+        # Generators of different kinds have nothing in common; these stay as they were seeded.
+        if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
+            print("random numbers start anew: the checkpoint has those of another kind of device", flush=True)
+        return
     random.setstate(state["random_rng_state"])
     np.random.set_state(state["np_rng_state"])
     torch.set_rng_state(state["torch_rng_state"])

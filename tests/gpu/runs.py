@@ -17,7 +17,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_query_groups": 2,
     "mamba_state_dim": 32,
-    "mamba_head_dim": 32,
+    "mamba_head_dim": 16,
+    "mamba_dt_rank": 16,  # with the states, a multiple of 16 for FP8
     "mamba_num_groups": 2,
     "mamba_chunk_size": 64,
     "vocab_size_multiple": 16,

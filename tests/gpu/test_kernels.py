@@ -25,8 +25,10 @@ TYPES = list(LIMITS)
 LENGTHS = [1, 65, 257, 1000]
 
 
-def _apart(result: Tensor, expected: Tensor) -> float:
-    return float((result.double() - expected).norm() / expected.norm())
+def _apart(result: Tensor, expected: Tensor, otherwise: Tensor) -> float:
+    """The norm of the difference over that of `expected`, or where that is zero, over that of `otherwise`."""
+    scale = expected.norm() or otherwise.double().norm()
+    return float((result.double() - expected).norm() / scale)
 
 
 def _compare(dtype: torch.dtype, inputs: dict[str, Tensor], fused: Any, reference: Any, exact: tuple[str, ...]) -> None:
@@ -39,13 +41,13 @@ def _compare(dtype: torch.dtype, inputs: dict[str, Tensor], fused: Any, referenc
     gradient = torch.randn_like(result)
     result.backward(gradient)
     expected.backward(gradient.double())
-    apart = {"result": _apart(result, expected)}
+    apart = {"result": _apart(result, expected, gradient)}
     for name in inputs:
         ours, theirs = given[name].grad, wide[name].grad
         assert ours is not None and theirs is not None
-        apart[name] = _apart(ours, theirs)
+        apart[name] = _apart(ours, theirs, gradient)
     print(dtype, {name: f"{value:.1e}" for name, value in apart.items()})
-    assert max(apart.values()) <= LIMITS[dtype], apart
+    assert all(value <= LIMITS[dtype] for value in apart.values()), apart
 
 
 def _randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -72,7 +74,9 @@ def test_convolution(dtype: torch.dtype, length: int, width: int) -> None:
 def test_mamba2_between_its_projections(dtype: torch.dtype, groups: int, length: int) -> None:
     from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
 
-    heads, width, state, chunk = 8, 64, 64, 64
+    # Four heads a group: a norm over a single one would take out of the result what D and dt scale in all of it, and
+    # leave as their gradients small differences of large sums, of which bf16 keeps no digits.
+    heads, width, state, chunk = 4 * groups, 64, 64, 64
     inner, channels = heads * width, heads * width + 2 * groups * state
     inputs = {
         "zxBCdt": _randn(2, length, inner + channels + heads),
@@ -124,7 +128,7 @@ def test_mamba2_between_its_projections(dtype: torch.dtype, groups: int, length:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("state", [16, 128])
-@pytest.mark.parametrize("length", [*LENGTHS, 2049])  # the kernel works in chunks of 2048
+@pytest.mark.parametrize("length", [*LENGTHS, 513, 2049])  # one more than a chunk of the convolution, and of the scan
 def test_mamba1_between_its_projections(dtype: torch.dtype, state: int, length: int, alone: None) -> None:
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""The Mamba-1 layer against an independent implementation: transformers' Mamba in PyTorch, which stays on the CPU."""
+"""The Mamba-1 layer against transformers' Mamba: on the CPU, an independent one in PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
                 residual_in_fp32=False,
             )
         )
+        theirs.to(device)
         theirs.load_state_dict(_their_state(ours))
 
         tokens = torch.randint(257, (2, 45), generator=torch.Generator().manual_seed(0))
         positions = torch.arange(45, device=device).expand(2, -1)
         logits = ours(tokens.to(device), positions, None).cpu()
-        expected = theirs(tokens).logits
+        expected = theirs(tokens.to(device)).logits.cpu()
         # float32 both; the scan in different chunks and orders. Logits are of size 1.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -55,7 +56,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
         for name, parameter in ours.named_parameters():
             gradient = gradients[_their_name(name)]
             assert parameter.grad is not None and gradient is not None
-            apart = (parameter.grad.cpu() - gradient).norm() / gradient.norm()
+            apart = (parameter.grad - gradient).norm() / gradient.norm()
             assert apart < 1e-4, name
     finally:
         stop()
@@ -63,7 +64,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
 
 def _their_state(ours: Any) -> dict[str, Any]:
     state = {name: value for name, value in ours.state_dict().items() if "_extra_state" not in name}
-    return {_their_name(name): value.cpu() for name, value in state.items()}
+    return {_their_name(name): value for name, value in state.items()}
 
 
 def _their_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The Mamba-2 layer against an independent implementation: transformers' Mamba2 in PyTorch, which stays on the CPU."""
+"""The Mamba-2 layer against transformers' Mamba2: on the CPU, an independent one in PyTorch."""
 
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,13 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
                 layer_norm_epsilon=size.norm_epsilon,
             )
         )
+        theirs.to(device)
         theirs.load_state_dict(_their_state(ours))
 
         tokens = torch.randint(257, (2, 45), generator=torch.Generator().manual_seed(0))
         positions = torch.arange(45, device=device).expand(2, -1)
         logits = ours(tokens.to(device), positions, None).cpu()
-        expected = theirs(tokens).logits
+        expected = theirs(tokens.to(device)).logits.cpu()
         # float32 both; the scan in different chunks and orders. Logits are of size 1.
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -52,7 +53,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
         for name, parameter in ours.named_parameters():
             gradient = gradients[_their_name(name)]
             assert parameter.grad is not None and gradient is not None
-            apart = (parameter.grad.cpu() - gradient.view_as(parameter.grad)).norm() / gradient.norm()
+            apart = (parameter.grad - gradient.view_as(parameter.grad)).norm() / gradient.norm()
             assert apart < 1e-4, name
     finally:
         stop()
@@ -60,7 +61,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
 
 def _their_state(ours: Any) -> dict[str, Any]:
     state = {name: value for name, value in ours.state_dict().items() if "_extra_state" not in name}
-    return {_their_name(name): value.cpu() for name, value in state.items()}
+    return {_their_name(name): value for name, value in state.items()}
 
 
 def _their_name(name: str) -> str:
