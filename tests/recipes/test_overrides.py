@@ -153,8 +153,8 @@ def test_all_problems_are_reported_at_once_with_place_and_nearest_name() -> None
         ("data.split-=[5]", "data.split: does not hold 5.0, so '-=' cannot take it out"),
         ("data.split[9]=1", "data.split[9]: split has 3 items, counted from 0"),
         (
-            "data.source.x=1",
-            "data.source.x: source takes one of stdlib, text, indexed, mock and has no fields of its own",
+            "model.activation.x=1",
+            "model.activation.x: activation takes one of gelu, squared_relu, swiglu and has no fields of its own",
         ),
         ("data+=mock", "data: is a section: '+=' works on its fields, not on it"),
         (
