@@ -83,17 +83,18 @@ def remove_unfinished(checkpoints: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_old(checkpoints: Path, keep: CheckpointConfig) -> None:
-    """Remove all but the newest `keep.keep_last` and each `keep.keep_every`th step's checkpoint."""
+def set_aside_old(checkpoints: Path, keep: CheckpointConfig) -> list[Path]:
+    """Rename all but the newest `keep.keep_last` and each `keep.keep_every`th step's checkpoint, for removal.
+
+    Renamed first, one whose removal is cut off is not taken for a checkpoint. Returns what is to be removed.
+    """
     if not keep.keep_last:
-        return
-    for step in checkpoint_steps(checkpoints)[: -keep.keep_last]:
-        if keep.keep_every and step % keep.keep_every == 0:
-            continue
-        path = checkpoint_folder(checkpoints, step)
-        # Renamed first, so that one whose removal is cut off is not taken for a checkpoint.
-        gone = path.rename(checkpoints / f"{UNFINISHED}old-{path.name}")
-        shutil.rmtree(gone, ignore_errors=True)
+        return []
+    old = checkpoint_steps(checkpoints)[: -keep.keep_last]
+    if keep.keep_every:
+        old = [step for step in old if step % keep.keep_every]
+    paths = [checkpoint_folder(checkpoints, step) for step in old]
+    return [path.rename(checkpoints / f"{UNFINISHED}old-{path.name}") for path in paths]
 
 
 def refuse_other_run(settings: Settings) -> None:

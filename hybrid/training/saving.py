@@ -7,6 +7,7 @@ An asynchronous save is planned and copied by `Saver.save`, written by a forked 
 import json
 import os
 import shutil
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ class Saver:
         self._buffer = writer.HostBuffer()
         self._pending: _Pending | None = None
         self._validated = False
+        self._removal: threading.Thread | None = None
 
     def save(self, training: Training, position: Position, *, wait: bool) -> list[Saved]:
         """Save everything as `iter_NNNNNNN`; returns what is finished, an earlier save included.
@@ -62,6 +64,7 @@ class Saver:
         checkpoints saved before stay as they are.
         """
         finished = self.poll(wait=True)
+        self._finish_removal()
         began = time.monotonic()
         unfinished = self._begin(position.step)
         self._pending = _Pending(unfinished, position.step, began, 0.0)
@@ -96,7 +99,12 @@ class Saver:
             problem = _why_not_writable(unfinished) or say(error)
         self._raise_if_any(problem)
         self._pending.stalled = time.monotonic() - began
-        return finished if own_process else [*finished, self._publish()]
+        if own_process:
+            return finished
+        finished.append(self._publish())
+        if wait:
+            self._finish_removal()
+        return finished
 
     def poll(self, *, wait: bool = False) -> list[Saved]:
         """Complete the save under way if its parts are written, or `wait` for them. Raises UserError if it failed."""
@@ -112,6 +120,11 @@ class Saver:
         self._raise_if_any(problem)
         self._pending.stalled += time.monotonic() - waits
         return [self._publish()]
+
+    def _finish_removal(self) -> None:
+        if self._removal:
+            self._removal.join()
+            self._removal = None
 
     def _begin(self, step: int) -> Path:
         """Make the folder that is written into, with the small files. A name of its own, whoever else still writes."""
@@ -135,7 +148,7 @@ class Saver:
 
     def _publish(self) -> Saved:
         """Write the checksums and give the folder its name."""
-        pending, size, problem = self._pending, 0, ""
+        pending, size, problem, began = self._pending, 0, "", time.monotonic()
         assert pending is not None
         final = folder.checkpoint_folder(self._checkpoints, pending.step)
         if self._world.is_main:
@@ -146,19 +159,23 @@ class Saver:
                 problem = say(error)
         self._raise_if_any(problem)
         self._pending = None
-        return Saved(final, pending.step, time.monotonic() - pending.began, pending.stalled, size)
+        now = time.monotonic()
+        return Saved(final, pending.step, now - pending.began, pending.stalled + now - began, size)
 
     def _rename(self, unfinished: Path, final: Path) -> None:
+        replaced = self._checkpoints / f"{folder.UNFINISHED}replaced-{unfinished.name.rpartition('-')[2]}"
         if final.exists():  # a damaged one, which the run did not go on from
-            final.rename(self._checkpoints / f"{folder.UNFINISHED}replaced-{unfinished.name.rpartition('-')[2]}")
+            final.rename(replaced)
         unfinished.rename(final)
         _sync(self._checkpoints)
         tracker = self._checkpoints / folder.TRACKER_FILE
         beside = tracker.with_suffix(".new")
         beside.write_text(str(folder.latest_step(self._checkpoints)))
         os.replace(beside, tracker)
-        folder.remove_old(self._checkpoints, self._settings.checkpoint)
-        folder.remove_unfinished(self._checkpoints)
+        old = folder.set_aside_old(self._checkpoints, self._settings.checkpoint)
+        old += [replaced] if replaced.exists() else []
+        self._removal = threading.Thread(target=_remove, args=(old,))
+        self._removal.start()
 
     def _raise_if_any(self, problem: str) -> None:
         """Raise UserError on every rank if one has a problem, without leaving anything behind."""
@@ -182,6 +199,11 @@ def say(problem: BaseException) -> str:
     if "results_queue should not be empty" in line:
         return "the process that wrote it was killed"
     return line
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -55,10 +55,13 @@ class Results:
 
 
 class HostBuffer:
-    """Memory of the host that forked processes share, pinned where there is a GPU. It grows and is never given back."""
+    """Memory of the host that forked processes share, pinned where there is a GPU. It lives as long as this does."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
+
+    def __del__(self) -> None:
+        self._release()
 
     def stage(self, buckets: list[Any]) -> list[Any]:
         """Return upstream's buckets (path, name, (bytes, tensors)) with every tensor of a GPU copied to the host."""
@@ -87,12 +90,22 @@ class HostBuffer:
     def _reserve(self, size: int) -> None:
         if not size or (self._memory is not None and len(self._memory) >= size):
             return
+        self._release()
         self._memory = mmap.mmap(-1, size)
-        if torch.cuda.is_available():
-            address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-            # Without it, copies are slower and nothing else: the result is of no interest.
-            runtime: Any = torch.cuda.cudart()
-            runtime.cudaHostRegister(address, size, 0)
+        # Without this, copies are slower and nothing else: the result is of no interest.
+        self._runtime().cudaHostRegister(self._address(), size, 0)
+
+    def _release(self) -> None:
+        if self._memory is not None:
+            self._runtime().cudaHostUnregister(self._address())
+            self._memory = None
+
+    def _address(self) -> int:
+        assert self._memory is not None
+        return torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    def _runtime(self) -> Any:
+        return torch.cuda.cudart()
 
 
 def prepare(folder: Path, rank: int) -> None:

@@ -118,10 +118,10 @@ def test_an_asynchronous_save_that_fails_is_said_at_a_next_step(
 def test_the_newest_and_every_mth_are_kept(tmp_path: Path) -> None:
     for step in range(10, 110, 10):
         folder.checkpoint_folder(tmp_path, step).mkdir()
-    folder.remove_old(tmp_path, CheckpointConfig(keep_last=2, keep_every=30))
+    aside = folder.set_aside_old(tmp_path, CheckpointConfig(keep_last=2, keep_every=30))
     assert folder.checkpoint_steps(tmp_path) == [30, 60, 90, 100]
-    folder.remove_old(tmp_path, CheckpointConfig(keep_last=0))
-    assert folder.checkpoint_steps(tmp_path) == [30, 60, 90, 100]
+    assert [path.name for path in aside] == [f".saving-old-iter_{step:07d}" for step in (10, 20, 40, 50, 70, 80)]
+    assert folder.set_aside_old(tmp_path, CheckpointConfig(keep_last=0)) == []
 
 
 def test_what_a_killed_save_left_is_removed_at_the_next_start(copied: Settings) -> None:

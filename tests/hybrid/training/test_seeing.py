@@ -1,5 +1,6 @@
 """What a run shows: metrics, trackers, profiles, where it came from; and that none of it grows without end."""
 
+import gc
 import importlib.util
 import itertools
 import json
@@ -14,6 +15,7 @@ from hybrid.errors import ConfigError
 from hybrid.training.loop import train
 from hybrid.training.metrics import Clock, over_ranks
 from hybrid.training.report import Report, thinned
+from hybrid.training.step import Stepper
 from tests import toy
 
 _PHASES = ("data", "forward_backward", "optimizer", "other")
@@ -161,3 +163,22 @@ def test_plain_lines_come_at_growing_distances(
     said = capsys.readouterr().out.splitlines()
     assert 7000 < len(said) < 9500
     assert "loss 1.0000  lr 1.00e-03  17 tokens/s" in said[0]
+
+
+def test_steps_leave_no_objects_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short version of `benchmarks/long_run.py`: Python's objects are counted, which is exact, and not bytes."""
+    counts = {}
+    step = Stepper.step
+
+    def counted(self: Stepper, data: Any, number: int, batch: int) -> Any:
+        if number in (20, 60):
+            gc.collect()
+            counts[number] = len(gc.get_objects())
+        return step(self, data, number, batch)
+
+    monkeypatch.setattr(Stepper, "step", counted)
+    model = {"layer_pattern": "M-*", "hidden_size": 16, "num_attention_heads": 2, "mamba_num_groups": 1}
+    checkpoint = {"save_interval": 10, "asynchronous": True, "keep_last": 1}
+    train(toy.settings(tmp_path, steps=60, model=model, data={"sequence_length": 16}, checkpoint=checkpoint))
+    # The last 100 gradient norms and 20 step times are kept; nothing else of a step is.
+    assert counts[60] - counts[20] < 100
