@@ -1,8 +1,8 @@
 """GPUs and networks: what the datasheets say, and the shares of it that training reaches.
 
 Every number of the time model that is not derived from the settings is in this file. The shares were fitted to one
-NVIDIA H200 (measurements in `docs/plan.md`) and are taken to be the same on the other GPUs, which is an assumption.
-Rates are per second, sizes in bytes, and a network's rate is in one direction.
+NVIDIA H200 (`benchmarks/gpu.md`) and are taken to be the same on the other GPUs, which is an assumption. Rates are
+per second, sizes in bytes, and a network's rate is in one direction.
 """
 
 from dataclasses import dataclass
@@ -98,15 +98,12 @@ SCAN_BACKWARD = 2.67
 # projection's output, forward and backward.
 MAMBA2_PASSES = (8.0, 13.0)
 # Mamba-1's selective scan: share of the rate of exponentials, one for each of d x N states, that its forward pass
-# reaches, and its backward pass in forward passes. The step measured (benchmarks/gpu.md) is 629 ns per token and
-# layer without output layer and optimizer. Matrix products and norms take 139 of them. Another 100 ns are the copies
-# of the mixer as it was then, 16 tensors of the inner width forward and 31 backward, the transposed ones among them
-# at half the memory's speed (as measured with Mamba-2). The rest is the scan: for d = 3072 and N = 16, 390 ns in both
-# directions. It moves no more than 13 tensors of the inner width, 19 ns, so the memory does not bound it. How the two
-# directions share it is not measured: the backward kernel makes the states again, runs the recurrence in reverse, and
-# adds up the gradients of B and C.
-SELECTIVE_SCAN_SHARE = 0.13
-SELECTIVE_SCAN_BACKWARD = 3.0
+# reaches, and its backward pass in forward passes. From an 8B-shaped layer (d = 8192) measured with N = 16 and with N
+# = 128 (benchmarks/gpu.md): what 112 more states a channel cost is 1.24 ps a state forward and 4.3 ps backward, where
+# the states are made again, the recurrence runs in reverse and the gradients of B and C are added up. The memory does
+# not bound it: its tensors of the inner width would take 0.4 ps a state at N = 16.
+SELECTIVE_SCAN_SHARE = 0.21
+SELECTIVE_SCAN_BACKWARD = 3.5
 # Mamba-1 between its projections, counted in hybrid/model/mamba1_fused.py: bytes moved, in times of the input
 # projection's output (two tensors of the inner width), forward and backward. Forward: x and z are turned around (4
 # tensors of the inner width read or written), x convolved (2), scanned and gated (5), turned back (2). Backward: x

@@ -11,7 +11,7 @@ def peak(settings, world=1, stage=0):
 @pytest.mark.parametrize(
     ("name", "changes", "measured_gib"),
     [
-        # One H200, benchmarks/gpu_training.py (docs/plan.md)
+        # One H200, benchmarks/gpu_training.py (benchmarks/gpu.md)
         ("hybrid_800m", {"trainer__micro_batch_size": 1}, 23.2),
         ("hybrid_800m", {"trainer__micro_batch_size": 4}, 46.7),
         ("hybrid_800m", {"trainer__micro_batch_size": 8}, 78.1),

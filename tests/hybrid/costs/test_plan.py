@@ -18,7 +18,7 @@ from hybrid.pattern import parse
 @pytest.mark.parametrize(
     ("name", "micro_batch", "micro_batches", "changes", "tokens_per_second"),
     [
-        # One H200, benchmarks/gpu_training.py (docs/plan.md)
+        # One H200, benchmarks/gpu_training.py (benchmarks/gpu.md)
         ("hybrid_800m", 1, 4, {}, 24_850),
         ("hybrid_800m", 4, 2, {}, 85_030),
         ("hybrid_800m", 8, 4, {}, 95_700),
@@ -26,7 +26,6 @@ from hybrid.pattern import parse
         ("hybrid_800m", 8, 4, {"trainer__precision": "fp8_current"}, 100_180),
         ("hybrid_8b", 1, 8, {"optimizer__precision_aware": True}, 11_430),
         ("hybrid_8b", 1, 8, {"optimizer__precision_aware": True, "trainer__precision": "fp8_current"}, 15_120),
-        ("mamba_790m", 4, 2, {}, 31_360),
     ],
 )
 def test_step_time_within_10_percent_of_measured(
@@ -35,6 +34,18 @@ def test_step_time_within_10_percent_of_measured(
     batch = {"trainer__micro_batch_size": micro_batch, "trainer__global_batch_size": micro_batch * micro_batches}
     planned = plan(settings_of(name, **changes, **batch), "h200", 1)
     assert planned.tokens_per_second_per_gpu == pytest.approx(tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("state", "tokens", "forward_ms", "both_ms"),
+    # One H200, benchmarks/gpu_layers.py (benchmarks/gpu.md): 8B-shaped Mamba-1 layers that fill the GPU.
+    [(16, 4 * 4096, 8.05, 27.65), (128, 4096, 7.15, 28.70)],
+)
+def test_a_mamba1_layer_takes_as_long_as_measured(settings_of, state, tokens, forward_ms, both_ms):
+    settings = settings_of("mamba_8b", model__mamba_state_dim=state)
+    layer = speed.layer(settings, "M", hardware.GPUS["h200"])
+    assert layer.forward * tokens * 1e3 == pytest.approx(forward_ms, rel=0.1)
+    assert layer.total * tokens * 1e3 == pytest.approx(both_ms, rel=0.1)
 
 
 def test_a_plan_adds_up(settings_of):
