@@ -19,15 +19,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid_800m": {**HYBRID, "num_layers": 48, "hidden_size": 1024, "num_query_groups": 8},
     "mamba2_8b": {"num_layers": 56, "hidden_size": 4096},
     "mamba_8b": {"num_layers": 56, "hidden_size": 4096, "mamba_version": 1},
-    "mamba_790m": {
-        "num_layers": 48,
-        "hidden_size": 1536,
-        "mamba_version": 1,
-        "mamba_state_dim": 16,
-        "vocab_size": 50277,
-        "vocab_size_multiple": 8,
-        "tie_embeddings": True,
-    },
     "mamba_8b_n16": {"num_layers": 56, "hidden_size": 4096, "mamba_version": 1, "mamba_state_dim": 16},
     "transformer_8b": {
         "layer_pattern": "*-" * 32,
