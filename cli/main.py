@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli import checkpoints, data, describe, doctor, runs, text, train
+from cli import checkpoints, data, describe, doctor, runs, serve, text, train
 from hybrid.errors import UserError
 
 app = typer.Typer(
@@ -16,7 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: readable everywhere, and rich is not imported for it
     pretty_exceptions_enable=False,
 )
-for group in (describe, train, runs, data, checkpoints, text, doctor):
+for group in (describe, train, runs, data, checkpoints, text, serve, doctor):
     group.register(app)
 
 
