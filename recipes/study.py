@@ -30,7 +30,7 @@ def mamba2_8b() -> "fdl.Partial[Any]":
         model=_mamba(mamba_version=2, mamba_head_dim=64, mamba_num_groups=8),
         parallel=parts.tensor_parallel(4),
         data=parts.indexed(SEQUENCE_LENGTH, TOKENIZER),
-        optimizer=_optimizer(lr=3e-4),
+        optimizer=_optimizer(lr=3e-4, min_lr=3e-5),
         trainer=_trainer(tokens=3_500_000_000_000, global_batch_size=1024),
         checkpoint=parts.checkpoints_every(2000),
     )
@@ -42,7 +42,7 @@ def mamba_8b() -> "fdl.Partial[Any]":
     recipe = mamba2_8b()
     recipe.name = "mamba_8b"
     recipe.model = _mamba(mamba_version=1, mamba_expand=2)
-    recipe.optimizer = _optimizer(lr=1e-4)
+    recipe.optimizer = _optimizer(lr=1e-4, min_lr=1e-5)
     recipe.trainer = _trainer(tokens=1_100_000_000_000, global_batch_size=256)
     return recipe
 
@@ -79,8 +79,8 @@ def _mamba(**differences: Any) -> "fdl.Config[ModelConfig]":
     )
 
 
-def _optimizer(lr: float) -> "fdl.Config[OptimizerConfig]":
-    return config(OptimizerConfig, lr=lr, min_lr=lr / 10, schedule="cosine", warmup_samples=122_000)
+def _optimizer(lr: float, min_lr: float) -> "fdl.Config[OptimizerConfig]":
+    return config(OptimizerConfig, lr=lr, min_lr=min_lr, schedule="cosine", warmup_samples=122_000)
 
 
 def _trainer(tokens: int, global_batch_size: int) -> "fdl.Config[TrainerConfig]":
