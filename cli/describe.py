@@ -26,12 +26,15 @@ def register(app: typer.Typer) -> None:
 
 
 def list_names(
-    what: Annotated[Literal["recipes", "models"], typer.Argument(help="What to list.")] = "recipes",
+    what: Annotated[Literal["recipes", "models", "executors"], typer.Argument(help="What to list.")] = "recipes",
     as_json: Json = False,
 ) -> None:
     """List what there is, one line each."""
     if what == "models":
         _list_models(as_json)
+        return
+    if what == "executors":
+        _list_executors(as_json)
         return
     from recipes import registry
 
@@ -58,6 +61,19 @@ def _list_models(as_json: bool) -> None:
     for model in models:
         layers = ", ".join(f"{count} {symbol}" for symbol, count in model["layers"].items())
         typer.echo(f"{model['name']:<{width}}  {model['parameters']:>14,}  hidden {model['hidden_size']:<5}  {layers}")
+
+
+def _list_executors(as_json: bool) -> None:
+    from recipes import profiles
+
+    found = {name: profile.summary for name, profile in profiles.profiles().items()}
+    if as_json:
+        print_json([{"name": name, "summary": summary} for name, summary in found.items()])
+        return
+    width = max(map(len, found))
+    for name, summary in found.items():
+        typer.echo(f"{name:<{width}}  {summary}")
+    typer.echo(f"\nyour own are in {profiles.path()}")
 
 
 def show(

@@ -101,7 +101,9 @@ def _command(
     words += [f"--volume={mount}" for mount in mounts]
     words += [f"--env={key}={value}" for key, value in own.items() if key not in variables]
     words += [f"--env={key}" for key in variables]  # with the value that the command itself is started with
-    words += [*executor.options, executor.image, *prefix, executor.python, "-u"]
+    program, *rest = [*prefix, executor.python, "-u"]
+    # Whatever the image starts by itself, which is `hybrid` in ours, is not what is wanted.
+    words += [f"--entrypoint={program}", *executor.options, executor.image, *rest]
     if count > 1:
         words += ["-m", "recipes.torchrun", str(staged / "ranks"), "--standalone", "--nproc-per-node", str(count)]
     return [*words, "-m", "recipes.worker", str(staged / RECIPE_FILE)]

@@ -73,6 +73,16 @@ def test_plan_prints_text_json_layouts_and_a_picture(hybrid, tmp_path: Path) -> 
     assert json.loads(hybrid("plan", "hybrid_8b", "--search", "--json")[1])["candidates"]
 
 
+def test_list_executors_has_the_kinds_and_ones_own(hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "executors.yaml"
+    path.write_text("big:\n  kind: slurm\n  nodes: 16\n")
+    monkeypatch.setenv("HYBRID_EXECUTORS", str(path))
+    code, out, _ = hybrid("list", "executors")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["local", "slurm", "docker", "big"]
+    assert "slurm, nodes=16" in out
+
+
 def test_list_models_has_their_sizes(hybrid) -> None:
     assert "8,654,517,248" in hybrid("list", "models")[1]
     assert json.loads(hybrid("list", "models", "--json")[1])[1]["hidden_size"] == 1024

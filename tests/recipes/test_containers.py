@@ -1,0 +1,65 @@
+"""Runs in a container on this machine: the command that starts one, and what is refused."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from hybrid.errors import ConfigError, UserError
+from recipes import apply, docker, launch, tiny
+
+SMALL = ["model.hidden_size=32", "trainer.global_batch_size=8", "trainer.micro_batch_size=2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("WORLD_SIZE", "RANK", "HYBRID_JOB"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def program(here: Path) -> str:
+    """A program in the place of docker's, which has no image and notes how it was called."""
+    path = here / "docker"
+    path.write_text(f'#!/bin/bash\necho "$*" >> {here}/calls\necho "no such image" >&2\nexit 1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_dry_run_prints_the_command_and_writes_nothing(
+    here: Path, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "data").mkdir()
+    executor = docker(
+        "img", devices=2, command=program, mounts=[f"{here}/data"], options=["--shm-size=8g"], env={"A": "it's $HOME"}
+    )
+    assert launch(apply(tiny(), [*SMALL, "plugins=[nsys]"]), executor, dry_run=True) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:4] == ["A=it's $HOME", program, "run", "--detach"]
+    image = words.index("img")
+    # The image's own entry point would take what follows for words of the `hybrid` command.
+    assert "--entrypoint=nsys" in words[:image]
+    assert {f"--volume={here}:{here}", f"--volume={here}/data:{here}/data", "--shm-size=8g", "--env=A"} <= set(words)
+    assert words[image + 1] == "profile"
+    rest = words[words.index("python3") :]
+    assert rest[:4] == ["python3", "-u", "-m", "recipes.torchrun"]
+    assert rest[-3:-1] == ["-m", "recipes.worker"]
+    assert sorted(path.name for path in here.iterdir()) == ["data", "docker"]
+
+
+def test_an_image_that_is_not_there_is_said_and_nothing_is_left(here: Path, program: str) -> None:
+    with pytest.raises(UserError, match=r"there is no image 'img' here \(no such image\)"):
+        launch(apply(tiny(), SMALL), docker("img", command=program, devices=1))
+    assert "image inspect" in (here / "calls").read_text()
+    assert not (here / "runs").exists()
+
+
+def test_what_cannot_be_is_refused_at_once(here: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        launch(apply(tiny(), SMALL), docker(command="dokcer", mounts=["data", "/no/such"], devices=1))
+    said = [str(problem) for problem in error.value.problems]
+    assert "'dokcer' is not installed here" in said[0]
+    assert "'data' is not HOST:CONTAINER" in said[1]
+    assert "there is no '/no/such' here" in said[2]
