@@ -24,7 +24,7 @@ def kept_on_device(optimizer: Any) -> Iterator[None]:
     parts = getattr(optimizer, "chained_optimizers", [optimizer]) if torch.cuda.is_available() else []
     parts = [part for part in parts if isinstance(part, DistributedOptimizer)]
     for part in parts:
-        part.get_parameter_state_dp_zero = partial(_gather, part)  # type: ignore[method-assign]
+        part.get_parameter_state_dp_zero = partial(gather, part)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -32,15 +32,16 @@ def kept_on_device(optimizer: Any) -> Iterator[None]:
             del part.get_parameter_state_dp_zero
 
 
-def _gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
+def gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
     """`DistributedOptimizer.get_parameter_state_dp_zero`: each buffer's parameters and moments as one tensor each."""
     group = optimizer.data_parallel_group
     first, size = dist.get_process_group_ranks(group)[0], group.size()
     is_first = group.rank() == 0
     keys = ("param", *optimizer.optimizer_state_keys)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = optimizer.buffers[0].grad_data.device
     wanted = sum(buffer.numel_unpadded for buffer in optimizer.buffers) * 4 * len(keys)
-    target = device if wanted < _SHARE * _free_memory(device) else torch.device("cpu")
+    fits = device.type == "cpu" or wanted < _SHARE * _free_memory(device)
+    target = device if fits else torch.device("cpu")
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(optimizer.gbuf_ranges):
         buffer = optimizer.buffers[index]
