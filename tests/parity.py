@@ -83,7 +83,6 @@ LAYOUTS: dict[str, Layout] = {
     "CP2": Layout(2, {"context": 2}),
     "DP2": Layout(2),
     "DP2, overlapped": Layout(2, OVERLAP),
-    "DP2, whole optimizer": Layout(2, {"distributed_optimizer": False}),
     "EP2": Layout(2, {"expert": 2}),
     "PP4, uneven": Layout(4, {"pipeline": 4}, (1, 2, 3, 2)),
     "CP4": Layout(4, {"context": 4}),
@@ -175,7 +174,7 @@ def reshard(folder: Path, cases: dict[str, list[str]]) -> list[tuple[str, str, s
     for model, names in cases.items():
         for name in ("single", *names):
             run = settings(folder, model, name)
-            sources = [other for other in ("single", *names) if other != name and _shares_optimizer(name, other)]
+            sources = [other for other in ("single", *names) if other != name]
             job = {"settings": settings_file.to_dict(run), "sources": sources}
             jobs.setdefault(LAYOUTS.get(name, Layout(1)).processes, []).append(job)
     wrong = []
@@ -196,11 +195,6 @@ def checkpoint(run: Settings, step: int) -> Path:
     return Path(run.folder) / run.name / f"checkpoints/iter_{step:07}"
 
 
-def _shares_optimizer(one: str, other: str) -> bool:
-    whole = "DP2, whole optimizer"  # which keeps its state in a form of its own
-    return (one == whole) == (other == whole)
-
-
 def _apart(single: Settings, other: Settings) -> Apart:
     def of(key: str) -> float:
         ours, theirs = toy.metrics(other, key), toy.metrics(single, key)
@@ -215,6 +209,7 @@ def _reshard_here(run: Settings, sources: Iterable[str]) -> list[str]:
     from hybrid.costs.pipeline import stage_pattern
     from hybrid.training import checkpoint as checkpoints
     from hybrid.training.distributed import start, stop
+    from hybrid.training.saving import Saver
     from hybrid.training.setup import set_up
 
     pattern = stage_pattern(run)
@@ -225,7 +220,8 @@ def _reshard_here(run: Settings, sources: Iterable[str]) -> list[str]:
     for source in sources:
         path = checkpoint(replace(run, name=source), START + STEPS)
         position = checkpoints.load(path, run, training)
-        again = checkpoints.save(Path(run.folder) / run.name / "again", run, training, position, world)
+        saver = Saver(Path(run.folder) / run.name / "again", run, None, world)
+        again = saver.save(training, position, wait=True)[-1].path
         if world.is_main:
             before, after = _tensors(path), _tensors(again)
             if before.keys() != after.keys() or any(not before[key].equal(after[key]) for key in before):
