@@ -1,0 +1,175 @@
+"""The server as real clients use it: OpenAI's package, and plain HTTP."""
+
+import json
+import threading
+
+import openai
+import pytest
+
+from tests.hybrid.serving.conftest import Served
+
+
+@pytest.fixture
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def test_completions_with_log_probabilities(client: openai.OpenAI, served: Served) -> None:
+    given = client.completions.create(
+        model="toy", prompt=["def ", "ab"], max_tokens=6, temperature=0, logprobs=3, echo=True, n=2
+    )
+    assert len(given.choices) == 4 and [choice.index for choice in given.choices] == [0, 1, 2, 3]
+    first = given.choices[0]
+    assert first.text.startswith("def ") and first.text == given.choices[1].text
+    assert first.logprobs is not None and first.logprobs.token_logprobs is not None
+    assert first.logprobs.token_logprobs[0] is None and len(first.logprobs.token_logprobs) == 10
+    own = served.model.generate("def ", max_tokens=6, temperature=0, logprobs=3, echo=True)
+    assert first.logprobs.token_logprobs == [token.logprob for token in own.tokens]
+    assert first.logprobs.text_offset == [0, 1, 2, 3, *first.logprobs.text_offset[4:]]
+    assert given.usage is not None
+    assert (given.usage.prompt_tokens, given.usage.completion_tokens) == (6, 24)
+
+
+def test_a_stream_gives_the_text_of_the_whole(client: openai.OpenAI) -> None:
+    settings = {"model": "toy", "prompt": "abc", "max_tokens": 40, "seed": 7, "temperature": 1.0}
+    whole = client.completions.create(**settings).choices[0]  # type: ignore[arg-type]
+    chunks = list(client.completions.create(**settings, stream=True, stream_options={"include_usage": True}))  # type: ignore
+    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.text
+    assert chunks[-2].choices[0].finish_reason == whole.finish_reason
+    assert chunks[-1].usage.completion_tokens == 40
+
+
+def test_chats(client: openai.OpenAI, served: Served) -> None:
+    messages = [{"role": "system", "content": "short"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    settings = {"model": "toy", "messages": messages, "max_tokens": 8, "temperature": 0}
+    given = client.chat.completions.create(**settings, logprobs=True, top_logprobs=2).choices[0]  # type: ignore
+    expected = served.model.generate("system: short\nuser: hi\nassistant: ", temperature=0, max_tokens=8)
+    assert given.message.content == expected.text
+    assert given.logprobs is not None and len(given.logprobs.content[0].top_logprobs) == 2
+    chunks = list(client.chat.completions.create(**settings, stream=True))  # type: ignore[arg-type]
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["toy"]
+    assert client.models.retrieve("toy").id == "toy"
+
+
+def test_failures_are_those_of_the_package(client: openai.OpenAI, guarded: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(model="toy", prompt="a", temperature=-1)
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other' here; there is 'toy'"):
+        client.completions.create(model="other", prompt="a")
+    stranger = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+        stranger.models.list()
+    known = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key="secret", max_retries=0)
+    assert known.completions.create(model="toy", prompt="a", max_tokens=1).choices
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("{", "no JSON"),
+        ("[]", "valid dictionary"),
+        ({}, "prompt: Field required"),
+        ({"prompt": ""}, "prompt: is empty"),
+        ({"prompt": []}, "prompt: is empty"),
+        ({"prompt": "a", "max_tokens": 999999}, "together they may be 16384"),
+        ({"prompt": [300]}, "has token 300; the vocabulary has those from 0 to 256"),
+        ({"prompt": "a", "max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens: Input should be a valid integer"),
+        ({"prompt": "a", "top_p": 0}, "top_p: Input should be greater than 0"),
+        ({"prompt": "a", "n": 4, "best_of": 5}, "best_of: is 5 and n is 4"),
+        ({"prompt": ["a"] * 100, "n": 2}, "asks for 200 texts"),
+        ({"prompt": "a", "presence_penalty": 1.0}, "presence_penalty: Input should be less than or equal to 0"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "a", "tools": []}, "tools: Extra inputs are not permitted"),
+        ({"prompt": "a", "stop": [""]}, "stop: "),
+    ],
+)
+def test_bad_input_is_refused_in_openais_form(served: Served, body: object, says: str) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    with served.client() as http:
+        answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+
+
+def test_megatrons_clients(served: Served) -> None:
+    with served.client() as http:
+        body = {"prompts": ["def ", "x"], "tokens_to_generate": 5, "top_k": 1, "logprobs": True}
+        answer = http.put("/api", json=body).json()
+        own = served.model.generate("def ", max_tokens=5, temperature=0)
+        assert answer["text"][0] == "def " + own.text
+        assert len(answer["tokens"][0]) == 9 and len(answer["logprobs"][0]) == 8 and len(answer["segments"][1]) == 6
+        seeded = {"prompts": ["a"], "tokens_to_generate": 20, "random_seed": 4, "stop_token": 32}
+        assert http.put("/api", json=seeded).json() == http.put("/api", json=seeded).json()
+        for wrong, says in [
+            ({}, "prompts: Field required"),
+            ({"prompts": []}, "prompts: List should have at least 1"),
+            ({"prompts": ["a"], "beam_width": 3}, "beam_width: is 3; this server takes None only"),
+            ({"prompts": ["a"], "top_k": 3, "top_p": 0.5}, "top_p: cannot be set together with top_k"),
+            ({"prompts": ["a"], "top_p_decay": 0.5}, "top_p_decay: is 0.5"),
+            ({"prompts": ["a"], "max_len": 5}, "max_len: Extra inputs are not permitted"),
+            ({"prompts": [""]}, "prompt: is empty"),
+        ]:
+            refused = http.put("/api", json=wrong)
+            assert refused.status_code == 400 and says in refused.json()
+
+
+def test_long_bodies_and_a_full_queue_are_refused(guarded: Served) -> None:
+    key = {"authorization": "Bearer secret"}
+    with guarded.client(headers=key) as http:
+        assert http.post("/v1/completions", json={"prompt": "a" * 3000}).status_code == 413
+        pieces = (b'{"prompt": "' + b"a" * 500 for _ in range(10))
+        assert http.post("/v1/completions", content=pieces).status_code == 413
+        full = http.post("/v1/completions", json={"prompt": ["a"] * 60, "max_tokens": 5})
+        assert full.status_code == 429 and full.headers["retry-after"]
+        assert full.json()["error"]["type"] == "rate_limit_error"
+        assert http.get("/health").json() == {"status": "ok", "model": "toy"}
+    with guarded.client() as stranger:
+        assert stranger.get("/metrics").status_code == 401
+        assert stranger.get("/").status_code == 200
+        assert stranger.put("/api", json={}).json().startswith("the API key")
+
+
+def test_hanging_up_frees_the_slot(served: Served) -> None:
+    long = {"prompt": "a", "max_tokens": 16000, "ignore_eos": True}
+    with served.client() as http:
+        for _ in range(6):  # more than there are slots
+            with http.stream("POST", "/v1/completions", json={**long, "stream": True}) as answer:
+                next(answer.iter_lines())
+        assert served.idle()
+    for _ in range(6):
+        with pytest.raises(Exception, match="timed out"), served.client() as http:
+            http.post("/v1/completions", json=long, timeout=0.3)
+    assert served.idle()
+
+
+def test_metrics_count(served: Served) -> None:
+    with served.client() as http:
+        http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 4, "ignore_eos": True})
+        text = http.get("/metrics").text
+    assert 'hybrid_requests_total{reason="length",route="completions"}' in text
+    assert "hybrid_running 0.0" in text and "hybrid_slots 4.0" in text
+    assert "hybrid_time_to_first_token_seconds_bucket" in text
+
+
+def test_many_clients_at_once(served: Served) -> None:
+    """Eight threads on four slots, each with its own seed: every text is the one that it is alone."""
+    alone = [served.model.generate("x", seed=i, temperature=1.0, max_tokens=30).text for i in range(8)]
+    texts: dict[int, str] = {}
+
+    def ask(i: int) -> None:
+        with served.client() as http:
+            body = {"prompt": "x", "seed": i, "max_tokens": 30}
+            texts[i] = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [texts[i] for i in range(8)] == alone
