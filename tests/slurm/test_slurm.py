@@ -76,18 +76,6 @@ def test_tensor_parallel_over_two_nodes(
     assert place.losses("two") == losses_here
 
 
-@once
-def test_the_next_job_of_a_chain_goes_on_where_slurm_stopped_the_last(place: Place, chain_of_two: str) -> None:
-    place.wait(lambda: "goes on from step" in place.log(chain_of_two), "the second job of the chain")
-    assert re.search(r"interrupted: step \d+ is saved", place.log(chain_of_two))
-    place.hybrid("cancel", chain_of_two)
-    place.wait(lambda: "running" not in place.status(chain_of_two), "the end of the second job")
-    done = place.hybrid("logs", "-f", chain_of_two)
-    assert len(re.findall(r"^== chain: job \d+ on ", done.stdout, re.MULTILINE)) == 2
-    assert done.returncode == 128 + signal.SIGTERM
-    assert place.status(chain_of_two) == "chain is cancelled"
-
-
 def test_a_failing_job_fails_the_command(place: Place, fails: "subprocess.CompletedProcess[str]") -> None:
     assert fails.returncode == 2
     assert "data.path: there is no folder '/no/such/folder'" in fails.stdout
@@ -252,6 +240,16 @@ def test_what_slurm_and_the_cluster_refuse_is_passed_on(place: Place, words: lis
     assert done.returncode in (1, 2)
     assert says in done.stderr
     assert not (place.folder / "runs" / "refused").exists()
+
+
+@once
+def test_the_next_job_of_a_chain_goes_on_where_slurm_stopped_the_last(place: Place, chain_of_two: str) -> None:
+    done = place.hybrid("logs", "-f", chain_of_two)
+    assert len(re.findall(r"^== chain: job \d+ on ", done.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"interrupted: step \d+ is saved", done.stdout)) == 2
+    assert re.search(r"goes on from step \d+", done.stdout)
+    assert done.returncode == 128 + signal.SIGUSR1
+    assert place.status(chain_of_two) == "chain is stopped: after saving"
 
 
 def workers(place: Place, name: str) -> list[int]:
