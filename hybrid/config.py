@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hybrid import pattern as patterns
+from hybrid.ramp import Ramp
 
 Activation = Literal["gelu", "squared_relu", "swiglu"]
 Normalization = Literal["RMSNorm", "LayerNorm"]
@@ -18,7 +19,8 @@ Precision = Literal["fp32", "bf16", "fp8_delayed", "fp8_current"]
 Kernels = Literal["auto", "fused", "reference"]
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
-DataSource = Literal["stdlib", "text", "indexed", "mock"]
+DataSource = Literal["stdlib", "text", "indexed", "sft", "mock"]
+TooLong = Literal["refuse", "truncate", "drop"]
 Tracker = Literal["tensorboard", "wandb"]
 OnFault = Literal["stop", "skip", "rollback"]
 
@@ -158,16 +160,20 @@ class DataConfig:
     """What the model reads."""
 
     source: DataSource = option(
-        "stdlib", "stdlib: the running Python's own library; text: a folder of text; indexed: .bin/.idx; mock"
+        "stdlib",
+        "stdlib: the running Python's own library; text: a folder of text; indexed: .bin/.idx; sft: examples; mock",
     )
     path: str | None = option(
         None,
-        "folder of text files (text), or prefixes of .bin/.idx files, with or without weights (indexed)",
+        "folder of text files (text), prefixes of .bin/.idx files, with or without weights (indexed), or JSONL (sft)",
     )
-    validation_path: str | None = option(None, "prefixes to validate on (indexed); then split is not used")
-    test_path: str | None = option(None, "prefixes to test on (indexed); then split is not used")
+    validation_path: str | None = option(None, "what to validate on instead (indexed, sft); then split is not used")
+    test_path: str | None = option(None, "what to test on instead (indexed, sft); then split is not used")
     tokenizer: str = option("byte", "'byte', or a tokenizer file or folder")
     sequence_length: int = option(4096, "tokens of a sample", "tokens")
+    too_long: TooLong = option(
+        "refuse", "examples longer than sequence_length: refuse them all, truncate or drop (sft)"
+    )
     split: list[float] = option([99.0, 1.0, 0.0], "shares of training, validation and test")
     cache: str | None = option(None, "folder for prepared data; None: hybrid-recipes in the user's cache folder")
     num_workers: int = option(1, "processes that load samples; 0: in the training process")
@@ -180,7 +186,9 @@ class OptimizerConfig:
     lr: float = option(2.5e-4, "peak learning rate")
     min_lr: float = option(2.5e-5, "learning rate at the end of the decay")
     schedule: Schedule = option("cosine", "shape of the decay")
-    warmup_samples: int = option(0, "samples of linear warm-up", "samples")
+    warmup_samples: int | None = option(None, "samples of linear warm-up; or set warmup_steps or _tokens", "samples")
+    warmup_steps: int | None = option(None, "steps of linear warm-up", "steps")
+    warmup_tokens: int | None = option(None, "tokens of linear warm-up", "tokens")
     decay_samples: int | None = option(None, "samples of the decay, warm-up included; None: the whole run", "samples")
     wsd_decay_samples: int | None = option(
         None, "samples of the decay at the end of a warm-up, stable, decay schedule (wsd); None: a tenth", "samples"
@@ -201,6 +209,10 @@ class TrainerConfig:
     max_samples: int | None = option(None, "samples of the run; or set max_steps", "samples")
     micro_batch_size: int = option(1, "samples of one forward pass on one process", "samples")
     global_batch_size: int = option(8, "samples of one optimizer step over all processes", "samples")
+    rampup_batch_size: list[int] = option(
+        [], "global batch at the start, its rises, and the samples until it is whole, as in [32,32,100000]", "samples"
+    )
+    z_loss_coeff: float = option(0.0, "weight of the squared log of the softmax's sum in the loss (z-loss)")
     precision: Precision = option("bf16", "number format of the forward and backward pass")
     recompute: Recompute = option("none", "activations made again in the backward pass instead of kept")
     seed: int = option(1234, "seed of weights, data order and dropout")
@@ -216,14 +228,19 @@ class TrainerConfig:
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return (self.max_samples or 0) // self.global_batch_size
+        return self.max_steps if self.max_steps is not None else self.ramp.steps(self.max_samples or 0)
 
     @property
     def samples(self) -> int:
         """Samples of the run."""
-        return self.max_samples if self.max_samples is not None else self.steps * self.global_batch_size
+        return self.max_samples if self.max_samples is not None else self.ramp.consumed(self.steps)
+
+    @property
+    def ramp(self) -> Ramp:
+        """How the global batch grows; from the start at its full size without `rampup_batch_size`."""
+        if len(self.rampup_batch_size) != 3:
+            return Ramp(self.global_batch_size, 1, 0, self.global_batch_size)
+        return Ramp(*self.rampup_batch_size, full=self.global_batch_size)
 
 
 @dataclass(kw_only=True)
@@ -269,3 +286,13 @@ class Settings:
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     folder: str = "runs"
     plugins: list[str] = field(default_factory=list)  # what is arranged around the run, see recipes/plugins.py
+
+    @property
+    def warmup_samples(self) -> int:
+        """Samples of the warm-up, in whatever it is given."""
+        given = self.optimizer
+        if given.warmup_steps is not None:
+            return self.trainer.ramp.consumed(given.warmup_steps)
+        if given.warmup_tokens is not None:
+            return -(-given.warmup_tokens // self.data.sequence_length)
+        return given.warmup_samples or 0

@@ -38,8 +38,8 @@ _RANGES: list[tuple[str, Callable[[float], bool], dict[str, str]]] = [
         {
             "model": "moe_aux_loss_coeff mtp_loss_coeff",
             "data": "num_workers",
-            "optimizer": "min_lr warmup_samples weight_decay clip_grad",
-            "trainer": "eval_interval eval_steps",
+            "optimizer": "min_lr warmup_samples warmup_steps warmup_tokens weight_decay clip_grad",
+            "trainer": "eval_interval eval_steps z_loss_coeff",
             "checkpoint": "keep_last keep_every",
             "faults": "spike_factor hang_seconds",
         },

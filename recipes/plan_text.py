@@ -149,8 +149,8 @@ def _step(plan: Plan) -> Iterator[str]:
 
 
 def _run(plan: Plan) -> Iterator[str]:
-    tokens = plan.steps * plan.tokens_per_step
-    yield f"{plan.steps:,} steps of {plan.tokens_per_step:,} tokens: {plan.samples:,} samples, {_large(tokens)} tokens"
+    size = f"{plan.steps:,} steps of {'up to ' if plan.batches < plan.steps else ''}{plan.tokens_per_step:,} tokens"
+    yield f"{size}: {plan.samples:,} samples, {_large(plan.tokens)} tokens"
     yield f"{_duration(plan.seconds)}, {plan.gpu_hours:,.1f} GPU-hours"
 
 
@@ -166,7 +166,7 @@ def _bytes(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def _large(count: int) -> str:
+def _large(count: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= limit:
             return f"{count / limit:,.1f}{unit}"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fiddle.history import HistoryEntry
 
 _RATIOS = {"attention_ratio": "*", "mlp_ratio": "-"}
+_WARMUPS = ("warmup_samples", "warmup_steps", "warmup_tokens")
 _TAKE_OUT = "to make the pattern from the ratios instead, set model.layer_pattern=None"
 
 
@@ -39,7 +40,8 @@ def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
 
     An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
     (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
-    command line or in one file, must agree with it. Of steps and samples the newer one stays. Raises ConfigError with
+    command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
+    a warm-up. Raises ConfigError with
     every problem.
     """
     recipe = copy.deepcopy(recipe)
@@ -47,6 +49,7 @@ def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
     problems += fields.wrong_types(_build(recipe))
     if not problems:
         problems = [*_settle_pattern(recipe.model), *_settle_length(recipe.trainer)]
+        _settle_warmup(recipe.optimizer)
     if problems:
         raise ConfigError(problems)
     return recipe
@@ -126,6 +129,17 @@ def _settle_length(trainer: "fdl.Config[Any]") -> list[Problem]:
         )
         return [Problem("trainer.max_samples", message)]
     return []
+
+
+def _settle_warmup(optimizer: "fdl.Config[Any]") -> None:
+    """Keep the newest of the warm-ups in samples, steps and tokens, in place; those said together all stay."""
+    names = [name for name in _WARMUPS if nodes.value(optimizer, name) is not None]
+    since = {name: nodes.last_set(optimizer, name) for name in names}
+    for name in names:
+        newer = next((other for other in names if _superseded(since[name], since[other])), None)
+        if newer:
+            with nodes.set_by(nodes.SUPERSEDED, 0, f"optimizer.{newer}"):
+                setattr(optimizer, name, None)
 
 
 def _superseded(entry: "HistoryEntry | None", newer: "HistoryEntry | None") -> bool:

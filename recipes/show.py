@@ -23,6 +23,7 @@ _DERIVED: dict[str, Callable[[Settings], Any]] = {
     "model.mamba_num_heads": lambda it: it.model.mamba_heads,
     "model.mamba_dt_rank": lambda it: it.model.dt_rank,
     "model.moe_ffn_hidden_size": lambda it: it.model.moe_ffn_size,
+    "optimizer.warmup_samples": lambda it: it.warmup_samples,
     "optimizer.decay_samples": lambda it: it.trainer.samples,
     "trainer.max_steps": lambda it: it.trainer.steps,
     "trainer.max_samples": lambda it: it.trainer.samples,

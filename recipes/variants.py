@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 def finetune(recipe: "fdl.Partial[Any]", checkpoint: str | None = None) -> "fdl.Partial[Any]":
     """Return the recipe that fine-tunes the model of `recipe`, from the weights in `checkpoint`.
 
-    Model, layout, data and precision stay. Length, batch and schedule are those of full fine-tuning in Megatron-Bridge
+    Model, layout, tokenizer, sequence length and precision stay; the data are examples (`data.source` "sft"), which the
+    user names with `data.path`. Length, batch and schedule are those of full fine-tuning in Megatron-Bridge
     (`recipes/common.py`, `_sft_common`): 1000 steps of 128 samples, learning rate 5e-6, 50 steps of warm-up. A recipe
     that fine-tunes already only gets the checkpoint.
     """
@@ -33,14 +34,19 @@ def finetune(recipe: "fdl.Partial[Any]", checkpoint: str | None = None) -> "fdl.
         return tuned
     values = copy.deepcopy(recipe).__arguments__
     tuned = partial(run.finetune, **{**values, "name": f"{values['name']}_finetune"})
+    tuned.data.source = "sft"
+    tuned.data.path = tuned.data.validation_path = tuned.data.test_path = None
+    tuned.data.split = [98.0, 2.0, 0.0]
     tuned.optimizer.lr = 5e-6
     tuned.optimizer.min_lr = 0.0
     tuned.optimizer.schedule = "cosine"
-    tuned.optimizer.warmup_samples = 50 * 128
+    tuned.optimizer.warmup_samples = tuned.optimizer.warmup_tokens = None
+    tuned.optimizer.warmup_steps = 50
     tuned.optimizer.decay_samples = None
     tuned.optimizer.wsd_decay_samples = None
     tuned.trainer.max_steps = 1000
     tuned.trainer.max_samples = None
+    tuned.trainer.rampup_batch_size = []
     tuned.trainer.micro_batch_size = 1
     tuned.trainer.global_batch_size = 128
     tuned.trainer.eval_interval = 100

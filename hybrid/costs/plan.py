@@ -60,6 +60,7 @@ class Plan:
     step: Step
     stated_mfu: float | None
     steps: int
+    batches: float  # full global batches that the run's samples make: its steps, fewer where the batch grows
     samples: int
     tokens_per_step: int
     peak_flops: float
@@ -97,9 +98,14 @@ class Plan:
         return self.tokens_per_step / self.step_seconds / self.world_size
 
     @property
+    def tokens(self) -> float:
+        """Tokens of all steps."""
+        return self.batches * self.tokens_per_step
+
+    @property
     def seconds(self) -> float:
         """Seconds of all steps; validation and checkpoints come on top."""
-        return self.steps * self.step_seconds
+        return self.batches * self.step_seconds
 
     @property
     def gpu_hours(self) -> float:
@@ -123,7 +129,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "mfu": self.mfu,
             "tokens_per_second_per_gpu": self.tokens_per_second_per_gpu,
-            "tokens": self.steps * self.tokens_per_step,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "gpu_hours": self.gpu_hours,
         }
@@ -199,6 +205,7 @@ def evaluate(settings: Settings, gpu: Gpu, world_size: int, mfu: float | None = 
         step=step(settings, pattern, stages, world_size, gpu),
         stated_mfu=mfu,
         steps=trainer.steps,
+        batches=trainer.ramp.consumed(trainer.steps) / trainer.global_batch_size,
         samples=trainer.samples,
         tokens_per_step=trainer.global_batch_size * settings.data.sequence_length,
         peak_flops=gpu.bf16,

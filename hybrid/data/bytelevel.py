@@ -52,7 +52,7 @@ def _word_encoder(backend: Any, parts: dict[str, Any]) -> Callable[[Sequence[str
     written_out = [re.escape(token["content"]) for token in parts["added_tokens"]]
     others = f"[^{''.join(f'\\U{first:08x}-\\U{last:08x}' for first, last in _ASKED)}]"
     special = re.compile("|".join([*written_out, others])).search
-    before, after = _around(backend)
+    before, after = special_tokens_around(backend)
     tokenize, letters = backend.model.tokenize, _byte_letters()
     words: dict[np.dtype, _Words] = {}
 
@@ -121,8 +121,8 @@ def _normalizer(backend: Any, normalizer: dict[str, Any] | None) -> Callable[[st
     return lambda text: text if text.isascii() else backend.normalizer.normalize_str(text)
 
 
-def _around(backend: Any) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and after every text."""
+def special_tokens_around(backend: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a `tokenizers.Tokenizer` puts before and after every text."""
     encoding = backend.encode("a")
     text = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     if not text:

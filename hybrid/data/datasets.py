@@ -29,6 +29,7 @@ from megatron.core.datasets.utils import normalize
 from torch.utils.data import DataLoader, Dataset
 
 from hybrid.config import Settings
+from hybrid.data import sft
 from hybrid.data.cache import adopt, cache_folder, clear_errors, remove_litter, unfinished_name
 from hybrid.data.sources import Part, find_sources
 from hybrid.data.tokenizer import Tokenizer
@@ -39,12 +40,16 @@ Sample = dict[str, torch.Tensor]
 
 @dataclass
 class Datasets:
-    """What a run reads. `fingerprint` changes when the tokens do, so a resumed run can tell that its data changed."""
+    """What a run reads. `fingerprint` changes when the tokens do, so a resumed run can tell that its data changed.
+
+    `notes` are what its owner should know of it.
+    """
 
     train: Dataset
     validation: dict[str, Dataset] = field(default_factory=dict)
     test: dict[str, Dataset] = field(default_factory=dict)
     fingerprint: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 class HeldOut(Dataset):
@@ -96,6 +101,8 @@ def build_datasets(
     data = settings.data
     if data.source == "mock":
         return _mock(settings, tokenizer, train_samples, validation_samples)
+    if data.source == "sft":
+        return _fine_tuning(settings, tokenizer, train_samples, validation_samples)
     sources = on_first_rank(lambda: find_sources(data, tokenizer, settings.model.padded_vocab_size))
     facts = [sources.fingerprint, [part.prefix for part in sources.train], tokenizer.unique_identifiers]
     facts += [data.sequence_length, settings.trainer.seed, train_samples]
@@ -316,6 +323,26 @@ def _mock(settings: Settings, tokenizer: Tokenizer, train_samples: int, validati
     config = _config(settings, tokenizer)
     train, validation, test = _build(MockGPTDataset, sizes, config)
     return Datasets(train, {"mock": _First(validation, sizes[1])}, {"mock": _First(test, 1)}, "mock")
+
+
+def _fine_tuning(
+    settings: Settings, tokenizer: Tokenizer, train_samples: int, validation_samples: int | None
+) -> Datasets:
+    """Packed examples; every rank packs them for itself, which takes less than handing them round."""
+    data = settings.data
+    folder = on_first_rank(lambda: sft.prepare(data, tokenizer))
+    if not folder.is_dir():
+        message = f"'{folder}' is not there on rank {_rank()}: data.cache must be a folder that all nodes share"
+        raise UserError(message)
+    loaded = sft.load(
+        data,
+        folder,
+        tokenizer,
+        seed=settings.trainer.seed,
+        train_samples=train_samples,
+        validation_samples=validation_samples,
+    )
+    return Datasets(loaded.train, dict(loaded.validation), dict(loaded.test), loaded.fingerprint, loaded.notes)
 
 
 class _First(Dataset):

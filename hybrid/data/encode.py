@@ -4,13 +4,13 @@ import multiprocessing
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import wait
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Block(Protocol):
         """Bytes of the input that this block is, for the progress bar."""
         ...
 
-    def documents(self) -> Iterable[Document]:
+    def documents(self) -> Iterable[Any]:
         """Read the documents."""
         ...
 
@@ -52,10 +52,10 @@ class Encoded:
 class Texts:
     """Documents that have been read already."""
 
-    texts: list[Document]
+    texts: list[Any]
     source_bytes: int
 
-    def documents(self) -> Iterable[Document]:
+    def documents(self) -> Iterable[Any]:
         """Return the documents."""
         return self.texts
 
@@ -91,15 +91,19 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document]) -> Enc
 
 
 def encode_blocks[B: Block](
-    blocks: Iterator[B], tokenizer: Tokenizer, workers: int
+    blocks: Iterator[B],
+    tokenizer: Tokenizer,
+    workers: int,
+    encode: Callable[[Tokenizer, Iterable[Any]], Encoded] | None = None,
 ) -> Generator[tuple[B, Encoded], None, None]:
     """Yield each block with its tokens, in order, from `workers` processes (1: this one alone).
 
-    At most two blocks a worker wait their turn. Raises what reading a block raises, and UserError when a worker dies.
+    `encode` is `encode_documents`, or another function of a module. At most two blocks a worker wait their turn.
+    Raises what reading a block raises, and UserError when a worker dies.
     """
     if workers == 1:
         for block in blocks:
-            yield block, encode_documents(tokenizer, block.documents())
+            yield block, (encode or encode_documents)(tokenizer, block.documents())
         return
     # Forked, so that a vocabulary is in memory once.
     context = multiprocessing.get_context("fork")
@@ -107,7 +111,9 @@ def encode_blocks[B: Block](
     waiting: deque[tuple[B, Future[Encoded]]] = deque()
     try:
         while True:
-            waiting.extend((block, pool.submit(_encode, block)) for block in islice(blocks, 2 * workers - len(waiting)))
+            waiting.extend(
+                (block, pool.submit(_encode, block, encode)) for block in islice(blocks, 2 * workers - len(waiting))
+            )
             if not waiting:
                 return
             block, encoded = waiting.popleft()
@@ -138,5 +144,5 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _encode(block: Block) -> Encoded:
-    return encode_documents(_tokenizer, block.documents())
+def _encode(block: Block, encode: Callable[[Tokenizer, Iterable[Any]], Encoded] | None) -> Encoded:
+    return (encode or encode_documents)(_tokenizer, block.documents())

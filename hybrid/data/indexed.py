@@ -84,23 +84,28 @@ class IndexedWriter:
         self.prefix, self.dtype = prefix, dtype
         self._bin = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed in close)
         self._lengths: list[NDArray[np.int32]] = []
+        self._counts: list[NDArray[np.int32]] = []
 
-    def add(self, tokens: NDArray, lengths: NDArray[np.int32]) -> None:
-        """Append documents: their tokens end to end, and the number of tokens of each."""
+    def add(self, tokens: NDArray, lengths: NDArray[np.int32], counts: NDArray[np.int32] | None = None) -> None:
+        """Append documents: their tokens end to end, the tokens of each sequence, the sequences of each document.
+
+        Without `counts` every sequence is a document.
+        """
         assert tokens.dtype == self.dtype and lengths.sum(dtype=np.int64) == len(tokens)
         self._bin.write(tokens.data)
         self._lengths.append(lengths)
+        self._counts.append(np.ones(len(lengths), np.int32) if counts is None else counts)
 
     def close(self) -> Index:
         """Finish both files and put them on the disk."""
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
+        lengths, counts = (np.concatenate([np.zeros(0, np.int32), *part]) for part in (self._lengths, self._counts))
         with open(f"{self.prefix}.idx", "wb") as file:
-            write_index(file, self.dtype, lengths, np.ones(len(lengths), np.int32))
+            write_index(file, self.dtype, lengths, counts)
             for each in (file, self._bin):
                 each.flush()
                 os.fsync(each.fileno())
         self._bin.close()
-        return Index(self.dtype, lengths, np.arange(len(lengths) + 1, dtype=np.int64))
+        return Index(self.dtype, lengths, np.concatenate([[0], counts.cumsum(dtype=np.int64)]))
 
     def abandon(self) -> None:
         """Close what is open, after a failure."""

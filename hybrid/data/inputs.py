@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -85,10 +85,28 @@ def _kind(path: Path) -> str:
     return "parquet" if suffix == ".parquet" else "text"
 
 
-def read_blocks(files: list[InputFile], key: str) -> Iterator[Block]:
+# What makes a document of a JSON object or a row of a table; it raises ValueError, which says what is wrong with it.
+Pick = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Picks the text, or list of texts, under a key."""
+
+    key: str
+
+    def __call__(self, record: dict[str, Any]) -> Document:
+        """Return the document of a record. Raises ValueError."""
+        if self.key not in record:
+            raise ValueError(_missing_key(self.key, list(record)))
+        return _text(record[self.key], self.key)
+
+
+def read_blocks(files: list[InputFile], pick: Pick) -> Iterator[Block]:
     """Yield the documents of the files as blocks; the same ones every time.
 
-    Workers read plain files themselves; compressed lines and Parquet are unpacked here and sent to them.
+    A text file is a document as it is, `pick` makes one of every other record. Workers read plain files themselves;
+    compressed lines and Parquet are unpacked here and sent to them.
     """
     texts: list[Path] = []
     for file in files:
@@ -102,12 +120,12 @@ def read_blocks(files: list[InputFile], key: str) -> Iterator[Block]:
             yield TextFiles(texts)
             texts = []
         if file.kind == "parquet":
-            yield from _parquet_blocks(file, key)
+            yield from _parquet_blocks(file, pick)
         elif file.compressed:
-            yield from _compressed_blocks(file, key)
+            yield from _compressed_blocks(file, pick)
         else:
             for start in range(0, file.size, BLOCK_BYTES):
-                yield LinesBetween(file.path, key, start, min(start + BLOCK_BYTES, file.size))
+                yield LinesBetween(file.path, pick, start, min(start + BLOCK_BYTES, file.size))
     if texts:
         yield TextFiles(texts)
 
@@ -140,7 +158,7 @@ class LinesBetween:
     """The lines of a JSONL file that begin between two bytes."""
 
     path: Path
-    key: str
+    pick: Pick
     start: int
     stop: int
 
@@ -157,7 +175,8 @@ class LinesBetween:
                 file.readline()  # the line that the block before ends with
             while (at := file.tell()) < self.stop and (line := file.readline()):
                 try:
-                    document = parse_line(line, self.key)
+                    record = parse_line(line)
+                    document = None if record is None else self.pick(record)
                 except ValueError as error:
                     file.seek(0)
                     raise BadDocument(self.path, f"line {_count_lines(file, at) + 1}", str(error)) from error
@@ -170,7 +189,7 @@ class Lines:
     """Lines of a compressed JSONL file, unpacked."""
 
     path: Path
-    key: str
+    pick: Pick
     first_line: int
     data: bytes
     source_bytes: int
@@ -179,15 +198,16 @@ class Lines:
         """Parse the lines. Raises BadDocument for one that cannot be used."""
         for number, line in enumerate(io.BytesIO(self.data), self.first_line):
             try:
-                document = parse_line(line, self.key)
+                record = parse_line(line)
+                document = None if record is None else self.pick(record)
             except ValueError as error:
                 raise BadDocument(self.path, f"line {number}", str(error)) from error
             if document is not None:
                 yield document
 
 
-def parse_line(line: bytes, key: str) -> Document | None:
-    """Return the text, or list of texts, under `key` of a JSON line; None for a blank line.
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the object of a JSON line; None for a blank line.
 
     Raises ValueError, which says what is wrong.
     """
@@ -200,10 +220,8 @@ def parse_line(line: bytes, key: str) -> Document | None:
     except ValueError as error:
         raise ValueError(f"this is not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise ValueError(f"this is a JSON {type(record).__name__}, not an object with the key '{key}'")
-    if key not in record:
-        raise ValueError(_missing_key(key, list(record)))
-    return _text(record[key], key)
+        raise ValueError(f"this is a JSON {type(record).__name__}, not an object with keys")
+    return record
 
 
 def _missing_key(key: str, keys: list[str]) -> str:
@@ -240,7 +258,7 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _compressed_blocks(file: InputFile, key: str) -> Iterator[Block]:
+def _compressed_blocks(file: InputFile, pick: Pick) -> Iterator[Block]:
     with file.path.open("rb") as raw, _unpacked(raw, file.path) as lines:
         line, read, rest = 1, 0, b""
         try:
@@ -248,12 +266,12 @@ def _compressed_blocks(file: InputFile, key: str) -> Iterator[Block]:
                 end = data.rfind(b"\n") + 1
                 data, rest = (rest + data[:end], data[end:]) if end else (b"", rest + data)
                 if data:
-                    yield Lines(file.path, key, line, data, raw.tell() - read)
+                    yield Lines(file.path, pick, line, data, raw.tell() - read)
                     line, read = line + data.count(b"\n"), raw.tell()
         except (OSError, EOFError, *_zstd_errors()) as error:
             raise BadDocument(file.path, f"after line {line - 1}", f"it cannot be unpacked ({error})") from error
         if rest:
-            yield Lines(file.path, key, line, rest, raw.tell() - read)
+            yield Lines(file.path, pick, line, rest, raw.tell() - read)
 
 
 def _unpacked(raw: BinaryIO, path: Path) -> Any:
@@ -270,19 +288,23 @@ def _zstd_errors() -> tuple[type[Exception], ...]:
     return (zstandard.ZstdError,)
 
 
-def _parquet_blocks(file: InputFile, key: str) -> Iterator[Block]:
+def _parquet_blocks(file: InputFile, pick: Pick) -> Iterator[Block]:
     parquet = _library("pyarrow.parquet")
+    columns = [pick.key] if isinstance(pick, Text) else None
     try:
         with parquet.ParquetFile(file.path) as table:
-            if key not in table.schema_arrow.names:
-                raise BadDocument(file.path, "schema", _missing_key(key, table.schema_arrow.names))
+            names = table.schema_arrow.names
+            if columns and columns[0] not in names:
+                raise BadDocument(file.path, "schema", _missing_key(columns[0], names))
             rows = max(1, table.metadata.num_rows)
             at = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[key]):
-                try:
-                    texts = [_text(value, key) for value in batch.column(0).to_pylist()]
-                except ValueError as error:
-                    raise BadDocument(file.path, f"rows {at} to {at + len(batch)}", str(error)) from error
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                texts = []
+                for row, record in enumerate(batch.to_pylist(), at):
+                    try:
+                        texts.append(pick(record))
+                    except ValueError as error:
+                        raise BadDocument(file.path, f"row {row}", str(error)) from error
                 yield Texts(texts, file.size * (at + len(batch)) // rows - file.size * at // rows)
                 at += len(batch)
     except (_library("pyarrow").ArrowException, OSError) as error:

@@ -23,7 +23,7 @@ import numpy as np
 from hybrid.data.cache import available_cores, clear_errors
 from hybrid.data.encode import BLOCK_BYTES, Encoded, encode_blocks
 from hybrid.data.indexed import read_index, token_dtype, write_index
-from hybrid.data.inputs import BadDocument, InputFile, find_inputs, read_blocks
+from hybrid.data.inputs import BadDocument, InputFile, Text, find_inputs, read_blocks
 from hybrid.data.progress import byte_progress
 from hybrid.data.tokenizer import Tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
@@ -176,7 +176,7 @@ def _encode_files(
     journal: _Journal,
     quiet: bool,
 ) -> None:
-    blocks = islice(read_blocks(files, key), journal.blocks, None)
+    blocks = islice(read_blocks(files, Text(key)), journal.blocks, None)
     encoded_blocks = encode_blocks(blocks, tokenizer, workers)
     total = sum(file.size for file in files)
     with (

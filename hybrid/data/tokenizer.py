@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
+    from hybrid.data.chat_template import ChatTemplate
+
 # Written into a checkpoint's tokenizer folder; says which kind of tokenizer the files beside it are.
 MANIFEST = "hybrid_tokenizer.json"
 
@@ -64,6 +66,18 @@ class Tokenizer(Protocol):
         """Token ids of many texts, each (tokens,) of `dtype`: what `encode` gives, faster. One thread."""
         ...
 
+    def encode_parts(self, texts: Sequence[str], /) -> list[list[int]]:
+        """Token ids of the parts of one text, such that generation goes on from one part with the next.
+
+        What the tokenizer puts before a text is put before the first part, unless that begins with it.
+        """
+        ...
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How it lays a conversation out; None: it does not say."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens and ids outside the vocabulary give nothing."""
         ...
@@ -90,6 +104,7 @@ class ByteTokenizer:
     spec = "byte"
     vocab_size = 257
     eod = 256
+    chat_template = None
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:
@@ -105,6 +120,10 @@ class ByteTokenizer:
         import numpy as np
 
         return [np.frombuffer(text.encode(), np.uint8).astype(dtype) for text in texts]
+
+    def encode_parts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the parts of a text."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, ids that are not bytes give nothing."""

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hybrid.data.bytelevel import word_encoder
+from hybrid.data.bytelevel import special_tokens_around, word_encoder
+from hybrid.data.chat_template import ChatTemplate, find_template
 from hybrid.data.tokenizer import StreamDecoder, write_manifest
 
 # Rust's thread pool does not survive a fork, and the workers of a preparation use all cores as it is.
@@ -68,7 +69,9 @@ class FileTokenizer:
     encode_texts: Callable[[Sequence[str], np.dtype], list[np.ndarray]]
     decode_known: Callable[[list[int]], str]
     token_bytes: Callable[[], np.ndarray]
+    encode_parts: Callable[[Sequence[str]], list[list[int]]]
     options: dict[str, Any] = field(default_factory=dict)
+    chat_template: ChatTemplate | None = None
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256()
@@ -152,6 +155,12 @@ def load_sentencepiece(spec: str, path: Path) -> FileTokenizer:
         sizes = [1 if processor.is_byte(i) else _utf8_size(processor.id_to_piece(i).replace(_SPACE, " ")) for i in ids]
         return np.where(special, 0, sizes).astype(np.int64)
 
+    def encode_parts(texts: Sequence[str]) -> list[list[int]]:
+        # Renamed in sentencepiece 0.2.3.
+        proto = getattr(processor, "encode_as_proto", None) or processor.encode_as_immutable_proto  # pyright: ignore
+        pieces = proto("".join(texts)).pieces
+        return _by_part([piece.id for piece in pieces], [piece.end for piece in pieces], texts)
+
     return FileTokenizer(
         spec,
         "sentencepiece",
@@ -161,7 +170,18 @@ def load_sentencepiece(spec: str, path: Path) -> FileTokenizer:
         encode_texts,
         processor.decode,
         token_bytes,
+        encode_parts,
     )
+
+
+def _by_part(ids: list[int], ends: list[int], texts: Sequence[str]) -> list[list[int]]:
+    """Part the tokens of a text into those of its parts: a token belongs where its last character is.
+
+    For tokenizers that encode a part otherwise at the beginning of a text than within it. `ends` are where each token
+    ends, in characters.
+    """
+    edges = np.searchsorted(ends, np.cumsum([len(text) for text in texts]), side="right")
+    return [part.tolist() for part in np.split(np.array(ids, np.int64), edges[:-1])]
 
 
 def load_tiktoken(spec: str, path: Path, pattern: str = "v2") -> FileTokenizer:
@@ -195,8 +215,18 @@ def load_tiktoken(spec: str, path: Path, pattern: str = "v2") -> FileTokenizer:
         return np.array([0] * _TIKTOKEN_NUM_SPECIAL + [len(token) for token in ranks], np.int64)
 
     eod = special.index("</s>")
-    options = {"pattern": pattern}
-    return FileTokenizer(spec, "tiktoken", [path], vocab_size, eod, encode_texts, decode, token_bytes, options)
+    return FileTokenizer(
+        spec,
+        "tiktoken",
+        [path],
+        vocab_size,
+        eod,
+        encode_texts,
+        decode,
+        token_bytes,
+        lambda texts: [encoding.encode(text, allowed_special="all") for text in texts],
+        {"pattern": pattern},
+    )
 
 
 def load_tokenizers(spec: str, path: Path) -> FileTokenizer:
@@ -208,13 +238,15 @@ def load_tokenizers(spec: str, path: Path) -> FileTokenizer:
 
     backend = _parse(Tokenizer, path)
     config = path.with_name("tokenizer_config.json")
-    files = [path, config] if config.is_file() else [path]
+    beside = [config, path.with_name("special_tokens_map.json"), path.with_name("chat_template.jinja")]
+    template = find_template(path.parent) if config.is_file() else None
+    files = [path, *(file for file in beside if file.is_file() and (template or file == config))]
     named = json.loads(config.read_text()).get("eos_token") if config.is_file() else None
     candidates = [named["content"] if isinstance(named, dict) else named] if named else _USUAL_ENDS
     eod = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
     if eod is None:
         raise ValueError("nothing says which token ends a document: add a tokenizer_config.json with an eos_token")
-    return _with_backend(spec, "tokenizers", files, backend, backend.get_vocab_size(), eod)
+    return _with_backend(spec, "tokenizers", files, backend, backend.get_vocab_size(), eod, template)
 
 
 def load_huggingface(spec: str, path: Path) -> FileTokenizer:
@@ -231,7 +263,8 @@ def load_huggingface(spec: str, path: Path) -> FileTokenizer:
     if eod is None:
         raise ValueError("the tokenizer has no eos_token, which ends documents")
     files = [path / name for name in _HUGGINGFACE_FILES if (path / name).is_file()]
-    return _with_backend(spec, "huggingface", files, tokenizer.backend_tokenizer, len(tokenizer), eod)
+    backend = tokenizer.backend_tokenizer
+    return _with_backend(spec, "huggingface", files, backend, len(tokenizer), eod, find_template(path))
 
 
 def _parse(cls: Any, path: Path) -> Any:
@@ -241,7 +274,9 @@ def _parse(cls: Any, path: Path) -> Any:
         raise ValueError(f"it is not a Hugging Face tokenizer ({error})") from error
 
 
-def _with_backend(spec: str, kind: str, files: list[Path], backend: Any, vocab_size: int, eod: int) -> FileTokenizer:
+def _with_backend(
+    spec: str, kind: str, files: list[Path], backend: Any, vocab_size: int, eod: int, template: ChatTemplate | None
+) -> FileTokenizer:
     backend.no_padding()
     backend.no_truncation()
 
@@ -267,7 +302,41 @@ def _with_backend(spec: str, kind: str, files: list[Path], backend: Any, vocab_s
             sizes[i] = 0 if token.special else _utf8_size(token.content)
         return sizes
 
-    return FileTokenizer(spec, kind, files, vocab_size, eod, encode_texts, backend.decode, token_bytes)
+    def encode_parts(texts: Sequence[str]) -> list[list[int]]:
+        def plain(text: str) -> Any:
+            return backend.encode(text, add_special_tokens=False)
+
+        if goes_on():
+            parts = [plain(text).ids for text in texts]
+        else:
+            whole = plain("".join(texts))
+            parts = _by_part(whole.ids, [end for _, end in whole.offsets], texts)
+        if parts[0][: len(before())] != before():
+            parts[0] = before() + parts[0]
+        return parts
+
+    @cache
+    def before() -> list[int]:
+        return special_tokens_around(backend)[0]
+
+    @cache
+    def goes_on() -> bool:
+        """Whether a text is encoded within another as it is alone."""
+        alone, within = (backend.encode(text, add_special_tokens=False).ids for text in ("a", "\na"))
+        return within[-len(alone) :] == alone
+
+    return FileTokenizer(
+        spec,
+        kind,
+        files,
+        vocab_size,
+        eod,
+        encode_texts,
+        backend.decode,
+        token_bytes,
+        encode_parts,
+        chat_template=template,
+    )
 
 
 def _utf8_size(text: str) -> int:

@@ -39,6 +39,11 @@ class Packed(PackedSeqParams):
         )
 
 
+def row(sequence_length: int, micro_batch_size: int, packed: bool) -> tuple[int, int]:
+    """Return positions and rows of what goes from one pipeline stage to the next."""
+    return (sequence_length * micro_batch_size, 1) if packed else (sequence_length, micro_batch_size)
+
+
 def pack(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Packed | None]:
     """Lay the rows of a micro batch end to end, if they hold packed sequences.
 

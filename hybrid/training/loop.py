@@ -85,6 +85,8 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
             train_samples=trainer.samples,
             validation_samples=trainer.eval_steps * trainer.global_batch_size,
         )
+        for note in datasets.notes:
+            report.say(note)
         training = set_up(settings, pattern, world.device)
         judge = Judge(settings.faults)
         position = Position(data=datasets.fingerprint)
@@ -141,7 +143,7 @@ class _Loop:
             clock.take()
             while self.position.step < trainer.steps:
                 own.mark(end=False)
-                batch = trainer.global_batch_size
+                batch = trainer.ramp.batch(self.position.samples)
                 values = self._step(data, batch)
                 step, last = self.position.step, self.position.step == trainer.steps
                 phases = clock.take()

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from hybrid.config import Settings
 from hybrid.model.build import build_model, transformer_config
 from hybrid.pattern import Pattern
+from hybrid.training import z_loss
 
 # Rates and gains of the state space models: pulling them to zero means nothing. Mamba-1's A_log has two dimensions, so
 # that Megatron's own rule (no decay of vectors and biases) does not find it.
@@ -70,6 +71,8 @@ def _chunk(
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
         vp_stage=stage,
     ).to(device)
+    if settings.trainer.z_loss_coeff and model.post_process:
+        z_loss.add(model, settings.trainer.z_loss_coeff)
     if config.bf16:
         model = Float16Module(config, model)
     chunk = DistributedDataParallel(
@@ -129,7 +132,7 @@ def _scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerPar
         init_lr=0.0,
         max_lr=values.lr,
         min_lr=values.min_lr,
-        lr_warmup_steps=values.warmup_samples,
+        lr_warmup_steps=settings.warmup_samples,
         lr_decay_steps=decay,
         lr_decay_style="WSD" if values.schedule == "wsd" else values.schedule,
         wsd_decay_steps=values.wsd_decay_samples or max(1, decay // 10),

@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid.config import Settings
 from hybrid.data.datasets import batches
 from hybrid.model.context import own_part
-from hybrid.model.packing import pack
+from hybrid.model.packing import pack, row
 from hybrid.training import faults
 from hybrid.training.distributed import World
 from hybrid.training.faults import Judge
@@ -98,7 +98,8 @@ class Stepper:
     def _forward_backward(self, data: Batches, count: int, doing: str, *, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over some micro batches; the last stage's (sum of losses, tokens, bytes) of each."""
         forward_backward: Any = get_forward_backward_func()
-        positions, rows = self.settings.data.sequence_length, self.settings.trainer.micro_batch_size
+        data_config, micro_batch = self.settings.data, self.settings.trainer.micro_batch_size
+        positions, rows = row(data_config.sequence_length, micro_batch, packed=data_config.source == "sft")
         return forward_backward(
             forward_step_func=partial(self._forward_step, doing),
             data_iterator=data if len(data) > 1 else data[0],

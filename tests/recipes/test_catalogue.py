@@ -61,7 +61,7 @@ def test_a_recipe_is_shown_and_planned(reference: str) -> None:
     assert f"  hidden_size             {built.model.hidden_size}" in tree
     text = plan_text.plan_text(planning.plan(recipe, registry.machine(reference)))
     assert f"{parameters.whole(built).total:,}" in text
-    assert ("data.path" in text) == (built.data.source == "indexed")
+    assert ("data.path" in text) == (built.data.source in ("indexed", "sft"))
 
 
 @pytest.mark.parametrize("reference", RECIPES)
@@ -128,11 +128,12 @@ def test_shrinking_can_keep_the_layout(name: str, change: list[str]) -> None:
 
 
 def test_finetuning_keeps_what_the_user_has_chosen() -> None:
-    recipe = apply(resolve("hybrid_8b"), ["parallel.tensor=8", "data.path=here", "data.tokenizer=mine"])
+    recipe = apply(resolve("hybrid_8b"), ["parallel.tensor=8", "data.path=pretraining", "data.tokenizer=mine"])
     tuned = finetune(recipe, "weights")
     built = settings(tuned)
+    assert (built.data.source, built.data.path) == ("sft", None), "it reads examples, not what was read before"
     assert (built.name, built.checkpoint.load) == ("hybrid_8b_finetune", "weights")
-    assert (built.parallel.tensor, built.data.path, built.data.tokenizer) == (8, "here", "mine")
+    assert (built.parallel.tensor, built.data.tokenizer) == (8, "mine")
     assert settings(recipe).optimizer.lr == 2.5e-4, "the given recipe stays as it is"
     tuned.optimizer.lr = 1e-5
     assert settings(finetune(tuned, "others")).optimizer.lr == 1e-5
@@ -140,7 +141,7 @@ def test_finetuning_keeps_what_the_user_has_chosen() -> None:
 
 
 def test_finetuning_without_a_checkpoint_is_a_problem() -> None:
-    assert [problem.place for problem in check(finetune(resolve("tiny")))] == ["checkpoint.load"]
+    assert [problem.place for problem in check(finetune(resolve("tiny")))] == ["data.path", "checkpoint.load"]
 
 
 def test_variants_are_written_around_a_name() -> None:

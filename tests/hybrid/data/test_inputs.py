@@ -21,7 +21,7 @@ def lines(documents, end="\n") -> bytes:
 
 def read(*paths: Path, key: str = "text"):
     files = inputs.find_inputs([str(path) for path in paths])
-    return [document for block in inputs.read_blocks(files, key) for document in block.documents()]
+    return [document for block in inputs.read_blocks(files, inputs.Text(key)) for document in block.documents()]
 
 
 def compress(path: Path, data: bytes) -> Path:
@@ -36,7 +36,7 @@ def test_json_lines_in_all_wrappings_are_the_same_documents(tmp_path, monkeypatc
     path, data = tmp_path / name, lines(DOCUMENTS)
     compress(path, data) if path.suffix in (".gz", ".zst") else path.write_bytes(data)
     assert read(path) == DOCUMENTS
-    blocks = list(inputs.read_blocks(inputs.find_inputs([str(path)]), "text"))
+    blocks = list(inputs.read_blocks(inputs.find_inputs([str(path)]), inputs.Text("text")))
     assert sum(block.source_bytes for block in blocks) == path.stat().st_size
 
 
@@ -80,7 +80,7 @@ def test_a_text_file_is_one_document_and_a_folder_all_in_it(tmp_path):
     ("line", "message"),
     [
         (b'{"text": "a"', "this is not JSON"),
-        (b'["text"]', "this is a JSON list, not an object with the key 'text'"),
+        (b'["text"]', "this is a JSON list, not an object with keys"),
         (b'{"texts": "a", "id": 1}', r"no key 'text', did you mean 'texts'\? \(keys: 'texts', 'id'\)"),
         (b'{"text": 3}', "'text' is 3, not a text"),
         (b'{"text": null}', "'text' is null, not a text"),
