@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid.generation.weights import rms_norm
+
 
 def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolve and activate: x (B, C), any row stride; state (B, C, W), changed; returns (B, C) of x's type."""
@@ -56,7 +58,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
 
         return kernels.gated_norm(y, z, weight, groups, eps)
     gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
-    return (F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2) * weight.float()).to(y.dtype)
+    return (rms_norm(gated, eps).flatten(-2) * weight.float()).to(y.dtype)
 
 
 def softplus(x: Tensor) -> Tensor:
