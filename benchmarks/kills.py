@@ -25,6 +25,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -42,7 +43,7 @@ from tests import toy  # noqa: E402
 PROCESSES = 2
 SAVE_EVERY = 3
 # Steps that a start may make before it is killed.
-LONGEST = 8
+LONGEST = 7
 # Seconds without progress that make a run one that does not go on.
 PATIENCE = 300.0
 
@@ -66,7 +67,7 @@ def main() -> int:
     _import_everything()
     tally = Tally()
     with tempfile.TemporaryDirectory() as where:
-        steps = 6 + options.kills * 5
+        steps = 6 + options.kills * 4
         whole = _run(Path(where), "undisturbed", steps)
         ranks = _start(whole, where)
         for rank in ranks:
@@ -76,7 +77,7 @@ def main() -> int:
             run.checkpoint = replace(run.checkpoint, asynchronous=kills % 2 == 1)
             before = folder.latest_step(_checkpoints(run))
             ranks = _start(run, where)
-            moment = _disturb(run, ranks, chance, before) if kills < options.kills else _wait(ranks)
+            moment = _disturb(run, ranks, chance, before, where) if kills < options.kills else _wait(ranks)
             tally.went_on += _goes_on(where, before, tally, needs=moment != "start")
             _look_at(run, before, tally)
             if moment == "end":
@@ -99,6 +100,7 @@ def _run(where: Path, name: str, steps: int) -> Settings:
 
 
 def _import_everything() -> None:
+    warnings.filterwarnings("ignore", message="This process .* is multi-threaded", category=DeprecationWarning)
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
@@ -114,6 +116,7 @@ def _start(run: Settings, where: str) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = []
+    Path(where, "rank0.txt").write_text("")
     for rank in range(PROCESSES):
         process = os.fork()
         if process:
@@ -140,19 +143,20 @@ def _start(run: Settings, where: str) -> list[int]:
     return ranks
 
 
-def _disturb(run: Settings, ranks: list[int], chance: random.Random, before: int | None) -> str:
+def _disturb(run: Settings, ranks: list[int], chance: random.Random, before: int | None, where: str) -> str:
     """Kill both ranks, one after the other, at a random moment; returns when it was, "end" if the run was faster."""
     steps = chance.randrange(LONGEST + 1)
     in_save = chance.random() < 0.4
     deadline = time.monotonic() + PATIENCE
-    while _recorded(run) < (before or 0) + steps or (in_save and steps and not _saving(run)):
+    # Until a start has begun to train, the files are those of the one before.
+    while steps and not (_begun(where) and _recorded(run) >= (before or 0) + steps and (_saving(run) or not in_save)):
         if os.waitpid(ranks[0], os.WNOHANG)[0]:
             os.waitpid(ranks[1], 0)
             return "end"
         assert time.monotonic() < deadline, "the run does not go on"
         time.sleep(0.001)
     time.sleep(chance.random() * (0.02 if in_save and steps else 0.1 if steps else 1.5))
-    moment = "save" if _saving(run) else "step" if _recorded(run) > (before or 0) else "start"
+    moment = "start" if not _begun(where) else "save" if _saving(run) else "step"
     first = chance.randrange(PROCESSES)
     for rank in (ranks[first], ranks[1 - first]):
         with contextlib.suppress(ProcessLookupError):
@@ -198,6 +202,11 @@ def _checkpoints(run: Settings) -> Path:
     return Path(run.folder) / run.name / folder.CHECKPOINTS
 
 
+def _begun(where: str) -> bool:
+    """Whether this start has got as far as to train."""
+    return "parameters; run folder" in Path(where, "rank0.txt").read_text()
+
+
 def _saving(run: Settings) -> bool:
     return any(_checkpoints(run).glob(f"{folder.UNFINISHED}*"))
 
@@ -225,7 +234,7 @@ def _print(options: Any, tally: Tally, kills: int, steps: int, said: str, second
     print(f"torch {version('torch')}, megatron-core {version('megatron-core')}, seed {options.seed}")
     print(f"{kills} kills in a run of {steps} steps on {PROCESSES} processes, {seconds:.0f} s")
     print("the kill came: " + ", ".join(f"{count} in a {moment}" for moment, count in tally.moments.most_common()))
-    print(f"starts that got as far as to say so and went on from the newest checkpoint: {tally.went_on}")
+    print(f"starts that got as far as to train, and went on from the newest checkpoint: {tally.went_on}")
     print(said)
     print("\n".join(["faults:", *tally.faults]) if tally.faults else "no checkpoint lost or damaged, every loss equal")
 
