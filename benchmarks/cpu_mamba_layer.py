@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_mamba_layer.py [--rounds N] [--clock wall|cpu]
 
-Prints the tables of benchmarks/cpu.md. Figures to reach: the Mamba-2 layer (forward and backward, sequence 1024, width
+Prints the tables of benchmarks/cpu_mamba_layer.md. Figures to reach: the Mamba-2 layer (forward and backward, sequence 1024, width
 256) at least 3 times as fast as transformers' `Mamba2Mixer`; one training step of `tiny` with Mamba-1 at most 4 times
 as long as with Mamba-2.
 
