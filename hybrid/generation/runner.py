@@ -93,8 +93,10 @@ class Runner:
         return logits[:count, : self.weights.vocab_size]
 
     def stop(self) -> None:
-        """Let the other ranks go."""
+        """Let the other ranks go, and leave their group."""
         self._tell("stop")
+        if self._leads:
+            dist.destroy_process_group()
 
     def follow(self) -> None:
         """Do what rank 0 does, until it stops."""

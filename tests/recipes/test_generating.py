@@ -1,0 +1,55 @@
+"""Checkpoints of several formats, opened to generate; and one model shared by two processes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from converters import convert
+from hybrid.errors import ConfigError, UserError
+from recipes import generating, open_generator
+from tests.converters.conftest import random_weights, save_legacy, small_model
+
+VOCABULARY = {"vocab_size": 257, "vocab_size_multiple": 8}
+
+
+def checkpoint(folder: Path, kind: str) -> Path:
+    """A legacy checkpoint in float32, with weights of a size that leaves opinions and no infinities."""
+    model = small_model(kind, **VOCABULARY)
+    weights = {name: tensor * 0.2 for name, tensor in random_weights(model, dtype=torch.float32).items()}
+    return save_legacy(folder / kind, model, weights)
+
+
+def greedy(path: Any, **options: Any) -> list[int]:
+    with open_generator(path, tokenizer="byte", slots=4, max_length=64, **options) as model:
+        text = model.generate("def ", temperature=0, max_tokens=12, ignore_end=True)
+    return [token.token for token in text.tokens]
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("kind", ["hybrid", "swiglu"])
+def test_two_processes_give_the_text_of_one(tmp_path: Path, kind: str) -> None:
+    path = checkpoint(tmp_path, kind)
+    assert greedy(path, tensor_parallel=2) == greedy(path)
+
+
+def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
+    legacy = checkpoint(tmp_path, "hybrid")
+    convert.convert(legacy, tmp_path / "dist", "torch_dist")
+    convert.convert(legacy, tmp_path / "hf", "hf", family="nemotron_h")
+    expected = greedy(legacy)
+    assert greedy(tmp_path / "dist") == expected
+    assert greedy(tmp_path / "hf") == expected
+
+
+def test_what_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path, "hybrid")
+    with pytest.raises(ConfigError, match="has no tokenizer beside it; name a file or folder, or 'byte'"):
+        open_generator(path)
+    with pytest.raises(ConfigError, match=r"slots: is 0; .*\ndtype: is 'int4', which is not one of float32"):
+        open_generator(path, slots=0, dtype="int4")
+    monkeypatch.setattr(generating, "_weights", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=r"needs .* GiB of weights as float32, .* GiB for 32 sequences of 1000000000"):
+        open_generator(path, tokenizer="byte", max_length=10**9)
