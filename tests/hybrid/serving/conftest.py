@@ -37,7 +37,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 
 def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
-    """A model with random weights that has opinions, but no tendency to end a document."""
+    """A model with random weights, large enough for opinions; it never ends a document by itself."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, param in naming.parameters(model).items():
@@ -46,7 +46,9 @@ def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
             tensor = 1 + tensor
         tensors[name.replace("mixer.conv1d.", "mixer.conv1d_")] = tensor
     runner = Runner(weights.build(model, tensors), Room(**{"slots": 4, "max_length": 16384, **room}))
-    return Generator(runner, ByteTokenizer(), "toy", max_waiting=8, chat_template=TEMPLATE)
+    made = Generator(runner, ByteTokenizer(), "toy", max_waiting=8, chat_template=TEMPLATE)
+    made.engine.end = -1
+    return made
 
 
 @dataclass
