@@ -131,7 +131,8 @@ def _attend(
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     base = row * row_stride + group.to(tl.int64) * positions * E
-    for start in range(0, length, BLOCK_T):
+    start = 0
+    while start < length:
         here = start + t < length
         block = base + (start + t[:, None]) * E + e[None, :]
         mask = here[:, None] & (e[None, :] < E)
@@ -144,6 +145,7 @@ def _attend(
         result = result * kept[:, None] + tl.sum(shares[:, :, None] * values[None, :, :], axis=1)
         total = total * kept + tl.sum(shares, axis=1)
         largest = larger
+        start += BLOCK_T
     result = result / total[:, None]
     tl.store(out + row * heads * E + place, result.to(out.dtype.element_ty), mask=inside)
 

@@ -53,3 +53,25 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(generating, "_weights", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=r"needs .* GiB of weights as float32, .* GiB for 32 sequences of 1000000000"):
         open_generator(path, tokenizer="byte", max_length=10**9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "family", "name"),
+    [
+        ("hybrid", "nemotron_h", "NemotronHForCausalLM"),
+        ("mamba2", "mamba2", "Mamba2ForCausalLM"),
+        ("mamba1", "mamba", "MambaForCausalLM"),
+    ],
+)
+def test_greedy_text_is_transformers(tmp_path: Path, kind: str, family: str, name: str) -> None:
+    import transformers
+
+    path = checkpoint(tmp_path, kind)
+    convert.convert(path, tmp_path / "hf", "hf", family=family)
+    theirs = getattr(transformers, name).from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    prompt = torch.tensor([list(b"def ")])
+    made = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=12, eos_token_id=None
+    )
+    assert greedy(tmp_path / "hf") == made[0, 4:].tolist()

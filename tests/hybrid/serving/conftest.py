@@ -36,8 +36,8 @@ MODEL = ModelConfig(
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 
 
-def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
-    """A model with random weights, large enough for opinions; it never ends a document by itself."""
+def make_weights(model: ModelConfig, **where: Any) -> weights.Weights:
+    """Random weights, large enough for opinions."""
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, param in naming.parameters(model).items():
@@ -45,7 +45,12 @@ def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
         if name.endswith(("norm.weight", "layer_norm_weight", "A_log", ".D")):
             tensor = 1 + tensor
         tensors[name.replace("mixer.conv1d.", "mixer.conv1d_")] = tensor
-    runner = Runner(weights.build(model, tensors), Room(**{"slots": 4, "max_length": 16384, **room}))
+    return weights.build(model, tensors, **where)
+
+
+def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
+    """A model with random weights that never ends a document by itself."""
+    runner = Runner(make_weights(model), Room(**{"slots": 4, "max_length": 16384, **room}))
     made = Generator(runner, ByteTokenizer(), "toy", max_waiting=8, chat_template=TEMPLATE)
     made.engine.end = -1
     return made

@@ -1,0 +1,120 @@
+"""The kernels of a decoding step against their PyTorch forms in float32, and decoding in graphs against without.
+
+Without a CUDA device the kernels run in Triton's interpreter, in float32.
+In float32 a sum of some hundred terms is off by about 1e-6 of its size; in bf16 results are rounded to 8 bits.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hybrid.generation import ops
+from tests import toy
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it is imported
+DEVICE = "cpu" if INTERPRETED else "cuda"
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TYPES = [torch.float32] if INTERPRETED else list(LIMITS)
+
+
+@pytest.fixture(autouse=True)
+def somewhere(request: pytest.FixtureRequest) -> None:
+    """Skip what has neither a CUDA device nor the interpreter."""
+    runs_others = request.node.name == "test_all_of_these_in_the_interpreter"
+    if runs_others == (INTERPRETED or torch.cuda.is_available()):
+        pytest.skip(
+            "run by the other" if runs_others else "there is no CUDA device; run by the test of the interpreter"
+        )
+
+
+def test_all_of_these_in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+    done = subprocess.run(command, env=environment, cwd=toy.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def _close(ours: torch.Tensor, expected: torch.Tensor, limit: float) -> None:
+    apart = (ours.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm()
+    assert apart <= limit
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "width", "groups", "size"), [(4, 16, 2, 16), (6, 24, 3, 20), (8, 64, 8, 128)])
+def test_the_recurrence(dtype: torch.dtype, heads: int, width: int, groups: int, size: int) -> None:
+    from hybrid.generation import kernels
+
+    state = _random(3, heads, width, size, dtype=dtype)
+    wide = _random(3, heads * width + 2 * groups * size, dtype=dtype, seed=1)  # rows that lie apart
+    x, B, C = wide.split([heads * width, groups * size, groups * size], dim=-1)
+    x, B, C = x.unflatten(-1, (heads, width)), B.unflatten(-1, (groups, size)), C.unflatten(-1, (groups, size))
+    dt, bias = _random(3, heads, dtype=dtype, seed=2), _random(heads, seed=3)
+    A, D = -_random(heads, seed=4).abs(), _random(heads, seed=5)
+    expected_state = state.float().cpu().clone()
+    given = [t.float().cpu() for t in (x, dt, bias, A, B, C, D)]
+    expected = ops.ssm_step(expected_state, *given)
+    _close(kernels.ssm_step(state, x, dt, bias, A, B, C, D), expected, LIMITS[dtype])
+    _close(state, expected_state, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_convolution(dtype: torch.dtype) -> None:
+    from hybrid.generation import kernels
+
+    x, state = _random(3, 340, dtype=dtype)[:, 20:], _random(3, 320, 4, dtype=dtype, seed=1)
+    weight, bias = _random(320, 4, dtype=dtype, seed=2), _random(320, dtype=dtype, seed=3)
+    expected_state = state.float().cpu().clone()
+    expected = ops.conv_step(x.float().cpu(), expected_state, weight.float().cpu(), bias.float().cpu())
+    _close(kernels.conv_step(x, state, weight, bias), expected, LIMITS[dtype])
+    assert torch.equal(state.float().cpu(), expected_state)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_gated_norm(dtype: torch.dtype) -> None:
+    from hybrid.generation import kernels
+
+    y, z, weight = _random(3, 96, dtype=dtype), _random(3, 200, dtype=dtype, seed=1)[:, :96], _random(96, dtype=dtype)
+    expected = ops.gated_norm(y.float().cpu(), z.float().cpu(), weight.float().cpu(), 4, 1e-5)
+    _close(kernels.gated_norm(y, z, weight, 4, 1e-5), expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 16), (6, 2, 24), (2, 2, 64)])
+def test_attention(dtype: torch.dtype, heads: int, groups: int, width: int) -> None:
+    from hybrid.generation import kernels
+
+    query = _random(3, heads, width, dtype=dtype)
+    key, value = (
+        _random(3, groups, 700, width, dtype=dtype, seed=1),
+        _random(3, groups, 700, width, dtype=dtype, seed=2),
+    )
+    lengths = torch.tensor([1, 37, 600])
+    given = [t.float().cpu() for t in (query, key, value)]
+    expected = ops.attend(*given, lengths.tolist(), lengths)
+    _close(kernels.attend(query, key, value, lengths.to(DEVICE)), expected, LIMITS[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="graphs are CUDA's")
+def test_a_graph_gives_what_its_kernels_give_one_by_one() -> None:
+    from hybrid.generation.runner import Room, Runner
+    from tests.hybrid.serving.conftest import MODEL, make_weights
+
+    weights = make_weights(MODEL, device="cuda", dtype=torch.bfloat16)
+    logits = []
+    for graphs in (True, False):
+        runner = Runner(weights, Room(slots=4, max_length=64, graphs=graphs))
+        reading = runner.reading_rows[0]
+        for row, prompt in enumerate(([1, 2, 3], [4] * 20)):
+            runner.reset(reading)
+            runner.read([reading], [prompt])
+            runner.copy(reading, row)
+        logits.append(torch.stack([runner.step([5, step]).clone() for step in range(8)]))
+    assert torch.equal(*logits)
