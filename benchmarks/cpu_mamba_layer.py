@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_mamba_layer.py [--rounds N] [--clock wall|cpu]
 
-Prints the tables of benchmarks/cpu_mamba_layer.md. Figures to reach: the Mamba-2 layer (forward and backward, sequence 1024, width
-256) at least 3 times as fast as transformers' `Mamba2Mixer`; one training step of `tiny` with Mamba-1 at most 4 times
-as long as with Mamba-2.
+Prints the tables of benchmarks/cpu_mamba_layer.md. Figures to reach: the Mamba-2 layer (forward and backward, sequence
+1024, width 256) at least 3 times as fast as transformers' `Mamba2Mixer`; one training step of `tiny` with Mamba-1 at
+most 4 times as long as with Mamba-2.
 
 The peer has the same weights and gives the same output (checked here). It is measured with its default chunk of 256 and
 with the 64 that this project takes on CPU, though nothing in transformers sets that. Whoever is compared takes turns in

@@ -123,7 +123,7 @@ def places(job: slurm_script.SlurmJob, built: Settings) -> Iterator[Problem]:
     if not job.executor.container:
         return
     named = {"folder": built.folder, "checkpoint.load": weights.path_of(built.checkpoint.load or "")}
-    if built.data.source == "text":
+    if built.data.source == "text" and built.data.path:
         named["data.path"] = built.data.path
     for place, value in named.items():
         if not value:

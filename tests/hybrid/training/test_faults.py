@@ -186,10 +186,10 @@ def test_a_signal_saves_and_the_exit_code_asks_for_another_start(tmp_path: Path,
 def test_a_hung_rank_shows_its_threads_and_ends_the_run(tmp_path: Path) -> None:
     """Rank 1 sleeps in its third batch; both ranks' watchdogs bite, since both make no progress."""
     run = toy.settings(tmp_path, "hangs", steps=100)
-    run.faults = FaultsConfig(hang_seconds=5)
+    run.faults = FaultsConfig(hang_seconds=20)
     process = background(run, processes=2)
     out, err = process.communicate(timeout=180)
     assert process.returncode == watchdog.EXIT_CODE, out + err
-    assert "made no progress for 5 s (faults.hang_seconds) in: step 3" in err
+    assert "made no progress for 20 s (faults.hang_seconds) in: step 3" in err
     assert "most recent call first" in err
     assert "hang_in_the_third_batch" in err + "".join(path.read_text() for path in tmp_path.rglob("stderr.log"))
