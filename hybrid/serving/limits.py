@@ -44,14 +44,16 @@ class Guard:
         too_long = f"the body is longer than {most:,} bytes"
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
+            await _read_out(receive, 16 * most)
             await _refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
             return
-        read, begun = 0, False
+        read, more, begun = 0, True, False
 
         async def counted() -> Message:
-            nonlocal read
+            nonlocal read, more
             message = await receive()
             read += len(message.get("body", b""))
+            more = message.get("more_body", False)
             if read > most:
                 raise _TooLong
             return message
@@ -65,11 +67,22 @@ class Guard:
             await self._app(scope, counted, sending)
         except _TooLong:
             if not begun:
+                if more:
+                    await _read_out(receive, 16 * most)
                 await _refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         given = headers.get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self._limits.key}".encode())
+
+
+async def _read_out(receive: Receive, most: int) -> None:
+    """Drop what is still coming, up to `most` bytes: a client that is cut off while it sends may not see the answer."""
+    read, more = 0, True
+    while more and read <= most:
+        message = await receive()
+        read += len(message.get("body", b""))
+        more = message["type"] == "http.request" and message.get("more_body", False)
 
 
 class _TooLong(BaseException):
