@@ -70,8 +70,10 @@ class Saver:
         self._pending = _Pending(unfinished, position.step, began, 0.0)
         own_process = not wait and self._settings.checkpoint.asynchronous
         try:
-            with optimizer_state.kept_on_device(training.optimizer):
-                writer.prepare(unfinished, self._world.rank)
+            with (
+                optimizer_state.kept_on_device(training.optimizer),
+                writer.results_in(unfinished, self._world.rank),
+            ):
                 metadata = checkpoint.content_metadata(self._settings)
                 format_of_it = checkpoint.serialisable(metadata)
                 if torch.cuda.is_available():

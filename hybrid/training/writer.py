@@ -6,6 +6,7 @@ first, and that is what the training waits for. Here it goes to one pinned buffe
 the speed of the bus, and that the forked process sees without a copy.
 """
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -14,7 +15,7 @@ import pickle
 import queue
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,15 @@ class HostBuffer:
         return torch.cuda.cudart()
 
 
-def prepare(folder: Path, rank: int) -> None:
-    """Let the next plan of megatron-core's hand its results over through a file in the checkpoint's folder."""
+@contextlib.contextmanager
+def results_in(folder: Path, rank: int) -> Iterator[None]:
+    """Let what megatron-core plans in here hand its results over through a file in the checkpoint's folder."""
     upstream: Any = filesystem_async
-    upstream._results_queue = Results(folder / f"{_RESULTS}{rank}")
+    before, upstream._results_queue = upstream._results_queue, Results(folder / f"{_RESULTS}{rank}")
+    try:
+        yield
+    finally:
+        upstream._results_queue = before
 
 
 def request(planned: AsyncRequest, folder: Path, rank: int, buffer: HostBuffer, *, own_process: bool) -> AsyncRequest:

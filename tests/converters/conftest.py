@@ -1,7 +1,5 @@
 """Small models of every kind, their weights, and legacy checkpoints of them that torch.save has written."""
 
-import queue
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,13 +77,6 @@ def save_legacy(
 def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written files are synced, which takes a test of many small files far longer than all the rest."""
     monkeypatch.setattr("converters.output.os.fsync", lambda descriptor: None)
-
-
-@pytest.fixture(autouse=True)
-def _megatrons_own_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training hands the results of a save over in a file; what megatron-core saves by itself here needs its queue."""
-    if writer := sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async"):
-        monkeypatch.setattr(writer, "_results_queue", queue.Queue())
 
 
 @pytest.fixture
