@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-Source = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint of any format, a run, or FORMAT:PATH.")]
+from cli import completion
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="A checkpoint of any format, a run, or FORMAT:PATH.",
+        autocompletion=completion.of("checkpoints"),
+    ),
+]
 Allow = Annotated[
     list[str] | None,
     typer.Option("--allow-pickle", metavar="NAME", help="Read past this name in a pickle; nothing of it is run."),
@@ -61,7 +70,14 @@ def inspect(
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint of any format, a run, or FORMAT:PATH.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A checkpoint of any format, a run, or FORMAT:PATH.",
+            autocompletion=completion.of("checkpoints"),
+        ),
+    ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; it must not exist.")],
     known: Facts = None,
     to: Annotated[str, typer.Option(help="megatron (legacy), torch_dist, or hf.")] = "torch_dist",

@@ -5,14 +5,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cli import completion
+
 if TYPE_CHECKING:
     import fiddle as fdl
 
 Reference = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A name, path/to/file.py:function, @file.yaml, or a run's folder.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A name, path/to/file.py:function, @file.yaml, or a run's folder.",
+        autocompletion=completion.of("recipes"),
+    ),
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as model.hidden_size=2048.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Overrides such as model.hidden_size=2048.",
+        autocompletion=completion.of("overrides"),
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -105,8 +117,11 @@ def show(
 
 
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="A recipe, as for `show`.")],
-    after: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    before: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A recipe, as for `show`.", autocompletion=completion.of("recipes")),
+    ],
+    after: Annotated[str, typer.Argument(metavar="B", help="Another one.", autocompletion=completion.of("recipes"))],
     as_json: Json = False,
 ) -> None:
     """Show what differs between two recipes, field by field."""

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from cli import checkpoints, data, describe, doctor, runs, serve, text, train
+from cli.help import Grouped
 from hybrid.errors import UserError
 
 app = typer.Typer(
     name="hybrid",
+    cls=Grouped,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # plain help: readable everywhere, and rich is not imported for it
     pretty_exceptions_enable=False,
 )

@@ -6,9 +6,13 @@ from typing import Annotated
 
 import typer
 
+from cli import completion
 from cli.describe import Json, print_json
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or its folder.")]
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Name of a run, or its folder.", autocompletion=completion.of("runs")),
+]
 Folder = Annotated[str, typer.Option("--folder", metavar="FOLDER", help="Folder of the runs.")]
 
 
@@ -89,7 +93,10 @@ def cancel(run: Run, folder: Folder = "runs") -> None:
 
 
 def plot(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs, or their folders.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Names of runs, or their folders.", autocompletion=completion.of("runs")),
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="A .png or .html file; curves.png in the run.")
     ] = None,

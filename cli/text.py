@@ -6,8 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from cli import completion
+
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="A run's name or folder, or a checkpoint of any format.")
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run's name or folder, or a checkpoint of any format.",
+        autocompletion=completion.of("checkpoints"),
+    ),
 ]
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="A tokenizer's file or folder, or 'byte'; default: the checkpoint's.")

@@ -4,10 +4,17 @@ from typing import Annotated
 
 import typer
 
+from cli import completion
 from cli.describe import Overrides, Reference, read_recipe
 
 Where = Annotated[
-    str, typer.Option("--executor", metavar="NAME", help="Where it runs: local, slurm, docker, or a profile of yours.")
+    str,
+    typer.Option(
+        "--executor",
+        metavar="NAME",
+        help="Where it runs: local, slurm, docker, or a profile of yours.",
+        autocompletion=completion.of("executors"),
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print what would be started.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Return once the run has been started.")]
