@@ -6,7 +6,7 @@ from them. A field that is None where a number is expected is derived from the o
 gives the derived value (`ModelConfig.ffn_size` for `ffn_hidden_size`).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 from hybrid import pattern as patterns
@@ -276,7 +276,7 @@ class FaultsConfig:
 class Settings:
     """Everything one run needs; the arguments of `hybrid.run.pretrain`."""
 
-    name: str
+    name: str = option(MISSING, "what the run is called, and its folder in `folder`")
     model: ModelConfig
     parallel: ParallelConfig
     data: DataConfig
@@ -284,8 +284,8 @@ class Settings:
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
     faults: FaultsConfig = field(default_factory=FaultsConfig)
-    folder: str = "runs"
-    plugins: list[str] = field(default_factory=list)  # what is arranged around the run, see recipes/plugins.py
+    folder: str = option("runs", "where the folders of runs are")
+    plugins: list[str] = option([], "what is arranged around the run, such as performance or wandb(project='x')")
 
     @property
     def warmup_samples(self) -> int:

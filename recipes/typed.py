@@ -84,7 +84,9 @@ def _describe_one(option: Any) -> str:
         return f"one of {', '.join(map(str, choices))}"
     origin, args = get_origin(option) or option, get_args(option)
     if origin is list and args:
-        return f"a list of {_plural(args[0])}, such as [1, 2]"
+        choices = _choices(args[0])
+        example = f"[{choices[0]}]" if choices else "[a, b]" if args[0] is str else "[1, 2]"
+        return f"a list of {_plural(args[0])}, such as {example}"
     names = {
         int: "a whole number",
         float: "a number",
