@@ -16,7 +16,7 @@ from hybrid.config import ModelConfig, Settings
 from hybrid.errors import ConfigError, Problem, UserError
 
 COMPANIONS = re.compile(
-    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template.*|"
+    r"(hybrid_)?tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template.*|"
     r"generation_config\.json|.*\.model|.*\.tiktoken"
 )
 """Files beside the weights that go along: the tokenizer's and the settings of generation."""
@@ -29,8 +29,10 @@ SLOTS = ("fp32_param", "exp_avg", "exp_avg_sq")
 
 
 def companions_of(folder: Path) -> list[Path]:
-    """The files in a folder that go along with its weights."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and COMPANIONS.fullmatch(path.name))
+    """The files that go along with the weights in a folder: beside them, and in the folder of a run's tokenizer."""
+    places = (folder, folder / "tokenizer")
+    files = (path for place in places if place.is_dir() for path in place.iterdir() if path.is_file())
+    return sorted(path for path in files if COMPANIONS.fullmatch(path.name))
 
 
 def hf_config_of(folder: Path) -> dict[str, Any]:
@@ -93,6 +95,12 @@ class Checkpoint:
     unknown: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     optimizer: Callable[[], Optimizer] | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder of the tokenizer's files among the companions; None if there are none."""
+        files = (path for path in self.companions if "tokenizer" in path.name or path.suffix == ".model")
+        return next((path.parent for path in files), None)
 
     @property
     def dtypes(self) -> dict[str, int]:

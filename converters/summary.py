@@ -127,8 +127,8 @@ class Difference:
 def diff(first: Checkpoint, second: Checkpoint, values: bool = True) -> Iterator[Difference]:
     """What differs between two checkpoints of any formats: architecture, names, shapes, number formats, values.
 
-    Vocabularies padded to different lengths are compared in the rows that both have. Values of different number formats
-    are compared in float32.
+    Of a vocabulary padded to different lengths, the rows of its tokens are compared: what pads it means nothing.
+    Values of different number formats are compared in float32.
     """
     before, after = asdict(first.model), asdict(second.model)
     for name, value in before.items():
@@ -143,10 +143,10 @@ def diff(first: Checkpoint, second: Checkpoint, values: bool = True) -> Iterator
                 yield Difference(name, "there" if a else "missing", "there" if b else "missing")
                 continue
             if a.shape != b.shape:
-                yield Difference(name, str(list(a.shape)), str(list(b.shape)))
+                rows = min(first.model.vocab_size, second.model.vocab_size, a.shape[0], b.shape[0])
                 if name not in (naming.EMBEDDING, naming.OUTPUT) or a.shape[1:] != b.shape[1:]:
+                    yield Difference(name, str(list(a.shape)), str(list(b.shape)))
                     continue
-                rows = min(a.shape[0], b.shape[0])
                 a, b = narrow(a, 0, 0, rows), narrow(b, 0, 0, rows)
             if a.dtype != b.dtype:
                 yield Difference(name, a.dtype, b.dtype)

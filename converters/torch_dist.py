@@ -307,8 +307,8 @@ def _settings_plan(source: Checkpoint, target: Layout) -> Plan:
         sequence=target.tensor > 1,
     )
     data = settings.data
-    if source.settings is None and any(path.name.startswith("tokenizer") for path in source.companions):
-        data = replace(data, tokenizer=str(source.companions[0].parent.resolve()))
+    if source.settings is None and source.tokenizer_folder:
+        data = replace(data, tokenizer=str(source.tokenizer_folder.resolve()))
     settings = replace(settings, model=model, parallel=parallel, data=data)
     return bytes_plan((json.dumps(settings_file.to_dict(settings), indent=1) + "\n").encode())
 

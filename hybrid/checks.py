@@ -156,16 +156,18 @@ def _world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     )
 
 
+NO_LENGTH = Problem("trainer.max_steps", "is not set, and trainer.max_samples is not either; set one of them")
+
+
 def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
     trainer, optimizer = settings.trainer, settings.optimizer
     warmups = [n for n in ("warmup_samples", "warmup_steps", "warmup_tokens") if getattr(optimizer, n) is not None]
     if len(warmups) > 1:
         yield Problem(f"optimizer.{warmups[0]}", f"and optimizer.{warmups[1]} are both set; set one of them to None")
-    if (trainer.max_steps is None) == (trainer.max_samples is None):
-        state = "are both set" if trainer.max_steps is not None else "are both None"
-        yield Problem(
-            "trainer.max_steps", f"and trainer.max_samples {state}; set one of them, the other follows from it"
-        )
+    if trainer.max_steps is None and trainer.max_samples is None:
+        yield NO_LENGTH
+    elif trainer.max_steps is not None and trainer.max_samples is not None:
+        yield Problem("trainer.max_steps", "and trainer.max_samples are both set; set one of them to None")
     elif trainer.steps < 1:
         yield Problem(
             "trainer.max_samples",

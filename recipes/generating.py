@@ -119,18 +119,16 @@ def _limited(opening: Opening, checkpoint: "Checkpoint") -> Opening:
 def _tokenizer_folder(opening: Opening, checkpoint: "Checkpoint") -> Path | None:
     if opening.tokenizer is not None:
         return Path(opening.tokenizer)
-    if checkpoint.settings is not None:
-        return Path(checkpoint.settings.data.tokenizer)
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    return checkpoint.tokenizer_folder
 
 
 def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
     if opening.tokenizer is not None:
         return load_tokenizer(opening.tokenizer, "--tokenizer")
+    if folder := checkpoint.tokenizer_folder:  # what it carries with it; the files it was trained with may be gone
+        return load_tokenizer(str(folder), "--tokenizer")
     if checkpoint.settings is not None:
         return load_tokenizer(checkpoint.settings.data.tokenizer)
-    if any("tokenizer" in path.name or path.suffix == ".model" for path in checkpoint.companions):
-        return load_tokenizer(str(checkpoint.companions[0].parent), "--tokenizer")
     message = f"{checkpoint.path} has no tokenizer beside it; name a file or folder, or 'byte'"
     raise ConfigError(Problem("--tokenizer", message))
 

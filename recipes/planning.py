@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from recipes.registry import Entry
 
-# What a run cannot start without but its cost does not depend on: where files are.
-_PLACES_OF_FILES = ("data.path", run.NO_CHECKPOINT.place)
+# What a run cannot start without, but a plan can be made without: where files are, and how long it is.
+_FILES = ("data.path", run.NO_CHECKPOINT.place)
 _GPU = "h100"  # for recipes that name no machine
 
 
@@ -45,7 +45,7 @@ def plan(
     """Return what a recipe costs on `gpus` GPUs, by default those of the `machine` it is meant for.
 
     Where the recipe has been changed such that this machine does not suit its layout, on the fewest that do. Raises
-    ConfigError with everything that is wrong with the recipe, but for files that it does not name yet.
+    ConfigError with everything that is wrong with the recipe, but for its length and files if it does not say them yet.
     """
     built, problems = _costed(recipe)
     if gpus is None and machine and machine.gpus and not checks.check(built, machine.gpus):
@@ -72,9 +72,11 @@ def _meant(machine: "Entry | None") -> str:
 def _costed(recipe: "fdl.Partial[Any]") -> tuple[Settings, list[Problem]]:
     """The settings as their cost sees them, and the problems that do not matter for it."""
     problems = check(recipe)
-    if serious := [problem for problem in problems if problem.place not in _PLACES_OF_FILES]:
+    if serious := [it for it in problems if it.place not in _FILES and it != checks.NO_LENGTH]:
         raise ConfigError(serious)
     built = settings(recipe)
+    if checks.NO_LENGTH in problems:
+        built = replace(built, trainer=replace(built.trainer, max_steps=1))
     if any(problem.place == "data.path" for problem in problems):
         built = replace(built, data=replace(built.data, source="mock", path=None))
     return built, problems

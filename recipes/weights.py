@@ -134,11 +134,11 @@ def export(built: Settings) -> None:
         return
     opened = convert.open_checkpoint(_run(built))
     try:
-        origin = _origin(built)  # whose tokenizer and settings of generation go along
+        origin = _origin(built)  # whose settings of generation go along
     except (ConfigError, UserError):  # it need not be there any more
         origin = None
-    files = _tokenizer_files(built) or (origin.companions if origin else [])
-    opened = replace(opened, companions=files, hf_config=origin.hf_config if origin else {})
+    others = [path for path in (origin.companions if origin else []) if path.name == "generation_config.json"]
+    opened = replace(opened, companions=[*opened.companions, *others], hf_config=origin.hf_config if origin else {})
     result = convert.convert(opened, target, to, report=_telling(f"exports to {target}"))
     print(f"exported {result}", flush=True)
 
@@ -235,16 +235,6 @@ def _done(built: Settings) -> bool:
 
 def _run(built: Settings) -> Path:
     return Path(built.folder) / built.name
-
-
-def _tokenizer_files(built: Settings) -> list[Path]:
-    """The files of the tokenizer that the run read its data with, where it is a folder or a file."""
-    from converters.checkpoint import companions_of
-
-    path = Path(built.data.tokenizer)
-    if path.is_dir():
-        return companions_of(path)
-    return [path] if path.is_file() else []
 
 
 def _telling(what: str) -> Callable[[Any], None]:

@@ -137,6 +137,28 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]
 
 
+def byte_vocabulary(end: str) -> dict[str, dict[str, Any]]:
+    """Return Hugging Face's files, by name, of a byte-level BPE without merges: a byte is its own id, 256 is `end`."""
+    special = {"id": 256, "content": end, "special": True}
+    special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
+    return {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": [special],
+            "pre_tokenizer": level,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": end,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
 def translate(pattern: str) -> str:
     """Return the pattern for Python's `re`, character classes written out. Raises _Unknown for what may differ."""
     result, at = "", 0

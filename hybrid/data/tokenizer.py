@@ -140,8 +140,12 @@ class ByteTokenizer:
         return np.array([1] * 256 + [0], dtype=np.int64)
 
     def save(self, folder: Path) -> None:
-        """Write what `load_tokenizer(folder)` needs."""
+        """Write what `load_tokenizer(folder)` needs, and the same tokenizer as Hugging Face's libraries read it."""
+        from hybrid.data.bytelevel import byte_vocabulary
+
         write_manifest(folder, {"kind": "byte"})
+        for name, content in byte_vocabulary("<|endoftext|>").items():
+            (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 class _ByteStream:

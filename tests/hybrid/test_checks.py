@@ -221,7 +221,7 @@ def test_right_settings_have_no_problem():
         ({}, 16, "trainer.global_batch_size", "or use at most 8 processes"),
         ({"trainer__micro_batch_size": 3}, None, "trainer.global_batch_size", "nearest: 6 or 9"),
         # Length of the run
-        ({"trainer__max_steps": None}, None, "trainer.max_steps", "are both None"),
+        ({"trainer__max_steps": None}, None, "trainer.max_steps", "is not set, and trainer.max_samples is not either"),
         ({"trainer__max_samples": 80}, None, "trainer.max_steps", "are both set"),
         ({"trainer__max_steps": None, "trainer__max_samples": 5}, None, "trainer.max_samples", "less than one global"),
         ({"optimizer__warmup_samples": 80}, None, "optimizer.warmup_samples", "nearest: 79"),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from converters import convert, summary
+from hybrid.data.tokenizer import ByteTokenizer, load_tokenizer
 from hybrid.errors import ConfigError
 from recipes import apply, finetune, launch, local, tiny, weights
 from recipes.settle import settings
@@ -75,11 +76,13 @@ def test_several_processes_start_from_one_conversion(trained: Path, tmp_path: Pa
 
 
 def test_what_came_with_a_model_goes_along(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (trained / "first-hf/tokenizer_config.json").write_text("{}")
+    """The settings of generation that it had, and the tokenizer that the run has read its data with."""
+    (trained / "first-hf/generation_config.json").write_text('{"temperature": 0.5}')
     recipe = small(tmp_path, *STILL, f"checkpoint={trained / 'first-hf'}", f"checkpoint.export=hf:{tmp_path / 'out'}")
     recipe = apply(recipe, ["name=along"])
     launch(recipe)
-    assert (tmp_path / "out/tokenizer_config.json").read_text() == "{}"
+    assert (tmp_path / "out/generation_config.json").read_text() == '{"temperature": 0.5}'
+    assert load_tokenizer(str(tmp_path / "out")).unique_identifiers == ByteTokenizer().unique_identifiers
     assert weights.check(settings(recipe)) == []
     weights.export(settings(recipe))
     assert "is there already; nothing is exported" in capsys.readouterr().out

@@ -59,3 +59,14 @@ heavy = {"torch", "megatron", "nemo_run", "fiddle", "numpy", "transformers", "to
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_checkpoints_byte_tokenizer_is_one_to_hugging_faces_libraries_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)).unique_identifiers == tokenizer.unique_identifiers
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n\treturn 'äß€ \U0001f40d'  # 9\r\n"
+    assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert (theirs.eos_token_id, len(theirs)) == (tokenizer.eod, tokenizer.vocab_size)
