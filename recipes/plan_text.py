@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from itertools import groupby
 
+from hybrid import checks
 from hybrid.costs.plan import Plan, Stage
 from hybrid.costs.search import Search
 from hybrid.pattern import LAYER_KINDS
@@ -27,7 +28,7 @@ def plan_text(planned: Planned, paint: Paint = lambda text, role: text) -> str:
         ("messages", _messages(plan)),
         ("pipeline", _pipeline(plan)),
         ("step", _step(plan)),
-        ("run", _run(plan)),
+        ("run", _run(plan) if checks.NO_LENGTH not in planned.problems else ()),
     ):
         for number, line in enumerate(body):
             head = paint(f"{title:<{len(_INDENT)}}", "section") if number == 0 else _INDENT
