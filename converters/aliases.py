@@ -104,4 +104,7 @@ def _symbols(layer: str, suffixes: set[str]) -> str:
 
 
 def _unknown_kind(layer: str, what: str) -> UserError:
-    return UserError(f"{layer} is {what}; the converters know Mamba, attention, MLP and MoE layers (M * - E)")
+    return UserError(
+        f"{layer} is {what}; the converters and generation know Mamba, attention, MLP and MoE layers (M * - E). "
+        "Training goes on from such a checkpoint (checkpoint.load)"
+    )

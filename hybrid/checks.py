@@ -14,7 +14,7 @@ from hybrid import fields, layer_checks
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem
 from hybrid.fields import multiple_of, sizes_that
-from hybrid.pattern import Pattern
+from hybrid.pattern import CONVERTED, LAYER_KINDS, Pattern
 
 # Bytes and the end of a document.
 BYTE_VOCABULARY = 257
@@ -53,6 +53,7 @@ def rules(settings: Settings, world_size: int | None = None) -> list[Problem]:
     if pattern is not None:
         problems += layer_checks.layers(settings, pattern)
         problems += _pipeline(settings, pattern, world_size)
+        problems += _export(settings, pattern)
         if settings.trainer.precision.startswith("fp8"):
             problems += layer_checks.fp8(settings, pattern)
     return problems
@@ -114,6 +115,17 @@ def _pipeline(settings: Settings, pattern: Pattern, world_size: int | None) -> I
                 f"{pipeline}) with virtual stages ({segments} segments on {pipeline} stages)"
             )
             yield from multiple_of("trainer.global_batch_size", trainer.global_batch_size, per_step * pipeline, what)
+
+
+def _export(settings: Settings, pattern: Pattern) -> Iterator[Problem]:
+    """What the converters would refuse when the run is done."""
+    strange = [f"{symbol} ({LAYER_KINDS[symbol]})" for symbol, count in pattern.counts().items() if count]
+    strange = [name for name in strange if name[0] not in CONVERTED]
+    if settings.checkpoint.export and strange:
+        yield Problem(
+            "checkpoint.export",
+            f"is '{settings.checkpoint.export}', but the converters know no {', '.join(strange)}; set it to None",
+        )
 
 
 def _world(settings: Settings, world_size: int | None) -> Iterator[Problem]:

@@ -66,6 +66,21 @@ class ModelConfig:
     mamba_conv_kernel: int = option(4, "width of the causal convolution")
     mamba_chunk_size: int = option(128, "positions a chunk of the Mamba-2 scan takes")
 
+    mla_query_rank: int = option(512, "rank of the queries' low-rank projection (+ and D)")
+    mla_kv_rank: int = option(512, "rank of the keys' and values' low-rank projection, what all heads share (+ and D)")
+    mla_head_dim: int = option(128, "width of a query and key head, without its rotated part (+ and D)")
+    mla_rope_head_dim: int = option(64, "rotated width of a query head, and of the one key that all share (+ and D)")
+    mla_value_head_dim: int = option(128, "width of a value head (+ and D)")
+    dsa_index_heads: int = option(64, "heads of the indexer that chooses positions (D)")
+    dsa_index_head_dim: int = option(128, "width of an indexer's head (D)")
+    dsa_top_k: int = option(2048, "positions that a query attends to, at most (D)", "tokens")
+    dsa_loss_coeff: float = option(0.01, "weight of the loss that the indexer learns by (D)")
+    gdn_num_key_heads: int = option(16, "query and key heads of a gated delta net (G)")
+    gdn_num_value_heads: int = option(32, "value heads of a gated delta net; a multiple of the key heads (G)")
+    gdn_key_head_dim: int = option(128, "width of a query and key head of a gated delta net (G)")
+    gdn_value_head_dim: int = option(128, "width of a value head of a gated delta net (G)")
+    gdn_conv_kernel: int = option(4, "width of a gated delta net's causal convolution (G)")
+
     num_experts: int | None = option(None, "experts of an MoE layer")
     moe_top_k: int = option(2, "experts a token is sent to")
     moe_ffn_hidden_size: int | None = option(None, "inner width of an expert; None: ffn_hidden_size")
@@ -120,6 +135,26 @@ class ModelConfig:
     def dt_rank(self) -> int:
         """Rank of Mamba-1's time-step projection."""
         return self.mamba_dt_rank or -(-self.hidden_size // 16)
+
+    @property
+    def mla_query_head_dim(self) -> int:
+        """Width of a query and key head of latent attention."""
+        return self.mla_head_dim + self.mla_rope_head_dim
+
+    @property
+    def gdn_key_size(self) -> int:
+        """Width of a gated delta net's queries, and of its keys."""
+        return self.gdn_num_key_heads * self.gdn_key_head_dim
+
+    @property
+    def gdn_value_size(self) -> int:
+        """Width of a gated delta net's values, and of its gate."""
+        return self.gdn_num_value_heads * self.gdn_value_head_dim
+
+    @property
+    def gdn_projected(self) -> int:
+        """Width of its input projection: query, key, value, gate, and two numbers a value head."""
+        return 2 * (self.gdn_key_size + self.gdn_value_size + self.gdn_num_value_heads)
 
     @property
     def padded_vocab_size(self) -> int:

@@ -149,7 +149,7 @@ def _kernels(here: kernels.Machine) -> Iterator[Finding]:
     if here.gpu and not shutil.which("nvcc") and here.lacks(*kernels.PACKAGES):
         yield Finding("nvcc", "optional", "CUDA's compiler is not on the path; the packages above are built with it")
     chosen = kernels.choose("auto", here)
-    for what, reason in zip(("layers", "Mamba mixers"), chosen.reasons, strict=True):
+    for what, reason in zip(("layers", "Mamba mixers", "gated delta nets"), chosen.reasons, strict=True):
         yield Finding(what, "ok", f"model.kernels=auto takes {reason}")
 
 

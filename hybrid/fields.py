@@ -22,7 +22,11 @@ _RANGES: list[tuple[str, Callable[[float], bool], dict[str, str]]] = [
         {
             "model": """hidden_size ffn_hidden_size num_attention_heads num_query_groups attention_head_dim
                 rotary_base mamba_state_dim mamba_head_dim mamba_num_heads mamba_num_groups mamba_dt_rank mamba_expand
-                mamba_conv_kernel mamba_chunk_size num_experts moe_top_k moe_ffn_hidden_size moe_shared_expert_size
+                mamba_conv_kernel mamba_chunk_size
+                mla_query_rank mla_kv_rank mla_head_dim mla_rope_head_dim mla_value_head_dim
+                dsa_index_heads dsa_index_head_dim dsa_top_k gdn_num_key_heads gdn_num_value_heads
+                gdn_key_head_dim gdn_value_head_dim gdn_conv_kernel
+                num_experts moe_top_k moe_ffn_hidden_size moe_shared_expert_size
                 vocab_size vocab_size_multiple""",
             "parallel": "tensor pipeline context expert",
             "data": "sequence_length",
@@ -44,7 +48,11 @@ _RANGES: list[tuple[str, Callable[[float], bool], dict[str, str]]] = [
             "faults": "spike_factor hang_seconds",
         },
     ),
-    ("above 0", lambda value: value > 0, {"model": "norm_epsilon init_std moe_routed_scale", "optimizer": "lr eps"}),
+    (
+        "above 0",
+        lambda value: value > 0,
+        {"model": "norm_epsilon init_std moe_routed_scale dsa_loss_coeff", "optimizer": "lr eps"},
+    ),
     (
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from math import lcm
 
+from hybrid import variant_checks
 from hybrid.config import Settings
 from hybrid.errors import Problem
 from hybrid.fields import multiple_of, sizes_that
-from hybrid.pattern import LAYER_KINDS, Pattern
+from hybrid.pattern import Pattern
 
 # What transformer-engine's FP8 matrix products take on every side (`assert_dim_for_fp8_exec` in its `utils.py`).
 FP8_MULTIPLE = 16
@@ -38,19 +39,13 @@ def layers(settings: Settings, pattern: Pattern) -> Iterator[Problem]:
     """Rules of the layer kinds that the pattern has."""
     model, tensor = settings.model, settings.parallel.tensor
     counts = pattern.counts()
-    for symbol in "GD+":
-        if counts[symbol]:
-            yield Problem(
-                "model.layer_pattern",
-                f"has '{symbol}' layers ({LAYER_KINDS[symbol]}), which are recognised but not built here; "
-                "use M, *, - and E",
-            )
     if counts["*"]:
         yield from _attention(settings)
     if counts["M"]:
         yield from _mamba2(settings) if model.mamba_version == 2 else _mamba1(settings)
     if counts["-"]:
         yield from multiple_of("model.ffn_hidden_size", model.ffn_size, tensor, f"parallel.tensor ({tensor})")
+    yield from variant_checks.layers(settings, pattern)
     yield from _experts(settings, counts["E"])
     if pattern.mtp:
         yield from multiple_of("model.hidden_size", model.hidden_size, tensor, f"parallel.tensor ({tensor}) for MTP")
@@ -249,6 +244,7 @@ def fp8(settings: Settings, pattern: Pattern) -> Iterator[Problem]:
         if model.moe_shared_expert_size:
             width = model.moe_shared_expert_size // tensor
             sides["shared expert width / tensor"] = ("model.moe_shared_expert_size", width)
+    sides |= variant_checks.fp8_sides(settings, pattern)
     ranks = parallel.context * (tensor if parallel.sequence else 1)
     tokens = settings.trainer.micro_batch_size * settings.data.sequence_length // ranks
     sides["tokens of a micro batch on a rank"] = ("trainer.micro_batch_size", tokens)

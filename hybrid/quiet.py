@@ -32,7 +32,7 @@ def _as_it_is(function: Any = None, **_: Any) -> Any:
 if torch.cuda.is_available():
     import megatron.core
 else:
-    for _name in ("transformer_engine", "apex", "mamba_ssm", "causal_conv1d"):
+    for _name in ("transformer_engine", "apex", "mamba_ssm", "causal_conv1d", "fla"):
         sys.modules.setdefault(_name, None)  # type: ignore[arg-type]
     _compile = torch.compile
     torch.compile = _as_it_is

@@ -7,7 +7,7 @@ from itertools import groupby
 from hybrid import checks
 from hybrid.costs.plan import Plan, Stage
 from hybrid.costs.search import Search
-from hybrid.pattern import LAYER_KINDS
+from hybrid.pattern import CONVERTED, LAYER_KINDS
 from recipes.planning import Planned
 
 Paint = Callable[[str, str], str]
@@ -107,6 +107,9 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 def _inference(plan: Plan) -> Iterator[str]:
     needed = plan.inference
+    if unknown := [symbol for symbol, count in plan.counts.items() if count and symbol not in CONVERTED]:
+        yield f"none: generation does not know {', '.join(unknown)}"
+        return
     yield (
         f"weights {_bytes(needed.weights)}, and per sequence {_bytes(needed.state_per_sequence)} of SSM state "
         f"and {_bytes(needed.cache_per_token)} of keys and values per token"

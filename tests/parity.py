@@ -5,13 +5,11 @@ amplifies it. By how much is measured: more single-process runs start from weigh
 unit in the last place, which is what one rounding does. Every operation of a step rounds, not only the weights, and a
 layout changes the order of a few sums in each layer, so that a layout may be as far from the single process as
 `MARGIN` times the farthest of these. The same holds for the gradient norm.
-
-`python -m tests.parity JOB.json` is one rank of a job that loads checkpoints into a layout and saves them again.
 """
 
 import json
+import os
 import shutil
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -20,14 +18,31 @@ from typing import Any
 
 from hybrid import settings_file
 from hybrid.config import Settings
-from tests import toy
+from tests import lanes, toy
+from tests.lanes import Phase
 
 START, STEPS = 2, 20  # steps before the common checkpoint, and after it
 MARGIN = 8
-LIMIT = 3600  # seconds that the runs of one start of processes may take
+LIMIT = 7200  # seconds that all runs together may take
+CHANGED = "changed.json"
 MOVED = ("moved 0", "moved 1", "moved 2")
 
 EXPERTS: dict[str, Any] = {"num_experts": 4, "moe_ffn_hidden_size": 32, "moe_shared_expert_size": 32}
+LATENT: dict[str, Any] = {
+    "mla_query_rank": 16,
+    "mla_kv_rank": 16,
+    "mla_head_dim": 8,
+    "mla_rope_head_dim": 4,
+    "mla_value_head_dim": 12,
+}
+DELTA: dict[str, Any] = {
+    "gdn_num_key_heads": 4,
+    "gdn_num_value_heads": 8,
+    "gdn_key_head_dim": 8,
+    "gdn_value_head_dim": 4,
+}
+# With few heads many positions score the same, 0, and which of them are taken hangs on their order.
+SPARSE: dict[str, Any] = {"dsa_index_heads": 12, "dsa_index_head_dim": 8, "dsa_top_k": 16}
 # Eight layers each, so that one cut into stages fits all.
 MODELS: dict[str, dict[str, Any]] = {
     "Mamba-2": {"layer_pattern": "MMMMMMMM", "mamba_version": 2, "tie_embeddings": True},
@@ -45,6 +60,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "position_embedding": "learned",
         "normalization": "LayerNorm",
         "add_linear_bias": True,
+    },
+    "Mamba-2, latent attention, MLP": {"layer_pattern": "M-+M-+M+", "mamba_version": 2, **LATENT},
+    "gated delta net, latent and sparse attention, MLP": {
+        "layer_pattern": "G+-DG-+D",
+        "activation": "swiglu",
+        **LATENT,
+        **DELTA,
+        **SPARSE,
     },
     "Mamba-2, attention, MLP, MoE, MTP": {"layer_pattern": "MEM*M-ME/M*/M*", "mamba_version": 2, **EXPERTS},
     "Mamba-1, attention, MLP, MoE, MTP": {
@@ -66,9 +89,10 @@ class Layout:
 
     def fits(self, model: dict[str, Any]) -> bool:
         """Whether the checks would let the model have this layout."""
-        if "E" not in model["layer_pattern"]:
-            return self.parallel.get("expert", 1) == 1
-        return self.parallel.get("tensor", 1) == 1 or self.parallel.get("sequence", False)
+        if "E" not in model["layer_pattern"] and self.parallel.get("expert", 1) > 1:
+            return False
+        whole = self.parallel.get("tensor", 1) == 1 or self.parallel.get("sequence", False)
+        return whole or not set("EGD+") & set(model["layer_pattern"])
 
 
 SEQUENCE = {"tensor": 2, "sequence": True}
@@ -146,48 +170,60 @@ def settings(folder: Path, model: str, name: str = "start") -> Settings:
     )
 
 
-def train(folder: Path, cases: dict[str, list[str]]) -> list[Row]:
-    """Train every model of `cases` on one process, then in its layouts; processes are started once for each number."""
-    toy.start([settings(folder, model) for model in cases], timeout=LIMIT)
+def compare(
+    folder: Path, cases: dict[str, list[str]], resharded: dict[str, list[str]]
+) -> tuple[list[Row], list[tuple[str, str, str]]]:
+    """Train every model of `cases` on one process and in its layouts; then load checkpoints into other layouts.
+
+    Of the layouts in `resharded`, and of the single process, each takes up the last checkpoint of each other and saves
+    it again. Returns the rows, and (model, from, to) where a bit of a tensor has changed: of a weight or of optimizer
+    state.
+    """
+    starts = [settings(folder, model) for model in cases]
     alone = [settings(folder, model, name) for model in cases for name in ("single", *MOVED)]
     split = [settings(folder, model, name) for model, names in cases.items() for name in names]
-    for run in [*alone, *split]:
-        shutil.copytree(checkpoint(replace(run, name="start"), START), checkpoint(run, START))
-    toy.start(alone, timeout=LIMIT)
-    for processes in sorted({LAYOUTS[run.name].processes for run in split}):
-        toy.start([run for run in split if LAYOUTS[run.name].processes == processes], processes, timeout=LIMIT)
+    phases = [_training(1, starts, None), _training(1, alone, START)]
+    phases += [_training(count, of_size, START) for count, of_size in _by_processes(split)]
+    again = [
+        (settings(folder, model, name), [other for other in ("single", *names) if other != name])
+        for model, names in resharded.items()
+        for name in ("single", *names)
+    ]
+    for count, targets in _by_processes([run for run, _ in again]):
+        jobs = [{"run": settings_file.to_dict(run), "sources": sources} for run, sources in again if run in targets]
+        phases.append(Phase(count, "tests.parity:reshard", jobs))
+    lanes.run(folder, phases, LIMIT)
+
     rows = []
     for model, names in cases.items():
         single = settings(folder, model, "single")
         moved = [_apart(single, replace(single, name=name)) for name in MOVED]
         rounding = Apart(max(it.loss for it in moved), max(it.grad_norm for it in moved))
         rows += [Row(model, name, _apart(single, replace(single, name=name)), rounding) for name in names]
-    return rows
+    changed = [
+        (Path(run.folder).parent.name, source, run.name)
+        for run, _ in again
+        for source in json.loads((Path(run.folder) / run.name / CHANGED).read_text())
+    ]
+    return rows, changed
 
 
-def reshard(folder: Path, cases: dict[str, list[str]]) -> list[tuple[str, str, str]]:
-    """Load the last checkpoint of every layout into every other; (model, from, to) where a bit of it has changed.
+def _by_processes(runs: list[Settings]) -> list[tuple[int, list[Settings]]]:
+    counts = {run.name: LAYOUTS[run.name].processes if run.name in LAYOUTS else 1 for run in runs}
+    return [(count, [run for run in runs if counts[run.name] == count]) for count in sorted(set(counts.values()))]
 
-    Run after `train`. Everything that is a tensor counts: weights and optimizer state.
-    """
-    jobs: dict[int, list[dict[str, Any]]] = {}
-    for model, names in cases.items():
-        for name in ("single", *names):
-            run = settings(folder, model, name)
-            sources = [other for other in ("single", *names) if other != name]
-            job = {"settings": settings_file.to_dict(run), "sources": sources}
-            jobs.setdefault(LAYOUTS.get(name, Layout(1)).processes, []).append(job)
-    wrong = []
-    for processes, some in jobs.items():
-        path = folder / f"reshard_{processes}.json"
-        path.write_text(json.dumps(some))
-        done = toy.spawn("tests.parity", [str(path)], processes, timeout=LIMIT)
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-        assert len(lines) == len(some), done.stdout[-3000:]
-        for job, changed in zip(some, lines, strict=True):
-            run = settings_file.from_dict(job["settings"], str(path))
-            wrong += [(Path(run.folder).parent.name, source, run.name) for source in changed]
-    return wrong
+
+def _training(processes: int, runs: list[Settings], step: int | None) -> Phase:
+    jobs = [{"run": settings_file.to_dict(run), "step": step} for run in runs]
+    return Phase(processes, "tests.parity:train", jobs)
+
+
+def train(run: dict[str, Any], step: int | None) -> None:
+    """As one rank: train, from the model's common checkpoint of a step."""
+    settings = settings_file.from_dict(run, "job")
+    if step is not None and os.environ["RANK"] == "0":
+        shutil.copytree(checkpoint(replace(settings, name="start"), step), checkpoint(settings, step))
+    toy.run(settings)
 
 
 def checkpoint(run: Settings, step: int) -> Path:
@@ -204,23 +240,24 @@ def _apart(single: Settings, other: Settings) -> Apart:
     return Apart(of("loss"), of("grad_norm"))
 
 
-def _reshard_here(run: Settings, sources: Iterable[str]) -> list[str]:
-    """As one rank of `run`: take up each source and save it; those that come out otherwise than they went in."""
+def reshard(run: dict[str, Any], sources: Iterable[str]) -> None:
+    """As one rank: take up the last checkpoint of each source and save it; those that come out changed go to a file."""
     from hybrid.costs.pipeline import stage_pattern
     from hybrid.training import checkpoint as checkpoints
     from hybrid.training.distributed import start, stop
     from hybrid.training.saving import Saver
     from hybrid.training.setup import set_up
 
-    pattern = stage_pattern(run)
-    virtual = len(pattern.segments) // run.parallel.pipeline
-    world = start(run.parallel, virtual if virtual > 1 else None, run.trainer.seed)
-    training = set_up(run, pattern, world.device)
+    settings = settings_file.from_dict(run, "job")
+    folder, pattern = Path(settings.folder) / settings.name, stage_pattern(settings)
+    virtual = len(pattern.segments) // settings.parallel.pipeline
+    world = start(settings.parallel, virtual if virtual > 1 else None, settings.trainer.seed)
+    training = set_up(settings, pattern, world.device)
     changed = []
     for source in sources:
-        path = checkpoint(replace(run, name=source), START + STEPS)
-        position = checkpoints.load(path, run, training)
-        saver = Saver(Path(run.folder) / run.name / "again", run, None, world)
+        path = checkpoint(replace(settings, name=source), START + STEPS)
+        position = checkpoints.load(path, settings, training)
+        saver = Saver(folder / "again", settings, None, world)
         again = saver.save(training, position, wait=True)[-1].path
         if world.is_main:
             before, after = _tensors(path), _tensors(again)
@@ -229,9 +266,8 @@ def _reshard_here(run: Settings, sources: Iterable[str]) -> list[str]:
             shutil.rmtree(again)
         world.barrier()
     if world.is_main:
-        print("\n" + json.dumps(changed), flush=True)
+        (folder / CHANGED).write_text(json.dumps(changed))
     stop()
-    return changed
 
 
 def _tensors(path: Path) -> dict[str, Any]:
@@ -248,15 +284,3 @@ def _tensors(path: Path) -> dict[str, Any]:
     }
     load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     return tensors
-
-
-def _main(file: str) -> None:
-    import hybrid.quiet  # noqa: F401
-
-    for number, job in enumerate(json.loads(Path(file).read_text())):
-        toy.join(number)
-        _reshard_here(settings_file.from_dict(job["settings"], file), job["sources"])
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1])

@@ -145,21 +145,29 @@ def _hang() -> None:
     step.pack = hang_in_the_third_batch
 
 
-def _main(files: list[str]) -> None:
-    import hybrid.quiet  # noqa: F401
-
-    # isort: split
+def run(settings: Settings) -> None:
+    """Train, as one rank of processes that have joined."""
     from hybrid.training import checkpoint
     from hybrid.training.loop import train
 
     load = checkpoint.load
+    if settings.name.startswith("moved"):
+        checkpoint.load = _load_and_move(load, settings)
+    try:
+        train(settings)
+    finally:
+        checkpoint.load = load
+
+
+def _main(files: list[str]) -> None:
+    import hybrid.quiet  # noqa: F401
+
     for number, file in enumerate(files):
         join(number)
-        run = settings_file.from_dict(json.loads(Path(file).read_text()), file)
-        checkpoint.load = _load_and_move(load, run) if run.name.startswith("moved") else load
-        if run.name == "hangs":
+        settings = settings_file.from_dict(json.loads(Path(file).read_text()), file)
+        if settings.name == "hangs":
             _hang()
-        train(run)
+        run(settings)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,17 @@ def _context(settings: Settings, symbols: str) -> tuple[float, int]:
     else:
         turned = 3 * inner
     mamba = symbols.count("M") * 2 * turned / tensor * 2 * share
-    keys = 2 * max(model.query_groups, tensor) * model.head_dim / tensor
-    attention = symbols.count("*") * 3 * keys * 2 * (context - 1)
-    return mamba + attention, symbols.count("M") * 4 + symbols.count("*") * 3 * (context - 1)
+    delta = symbols.count("G") * 2 * (model.gdn_projected + model.gdn_value_size) / tensor * 2 * share
+    latent = model.mla_kv_rank + model.mla_rope_head_dim
+    heads = model.num_attention_heads / tensor
+    keys = {
+        "*": 2 * max(model.query_groups, tensor) * model.head_dim / tensor,
+        "+": heads * (model.mla_query_head_dim + model.mla_value_head_dim),
+        "D": latent + model.dsa_index_head_dim,
+    }
+    attention = sum(symbols.count(symbol) * 3 * width * 2 * (context - 1) for symbol, width in keys.items())
+    turns = symbols.count("M") * 4 + symbols.count("G") * 4
+    return mamba + delta + attention, turns + sum(map(symbols.count, keys)) * 3 * (context - 1)
 
 
 def _expert(settings: Settings, symbols: str) -> tuple[float, int]:

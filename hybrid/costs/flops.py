@@ -15,6 +15,9 @@ MAMBA2_SCAN = 7
 # Mamba-1: decay exp(dt A), dt B x, state update (2), C state (2), and the sums; 9 in the count that mamba-ssm's users
 # have settled on (VMamba, arXiv 2401.10166, code of its analysis).
 MAMBA1_SCAN = 9
+# Gated delta rule, for each number of a value head's state: k k^T, v k^T, their sum into the state, the state times the
+# query; megatron-core's count. Of the convolution, which its count has, nothing, as for the other layers.
+DELTA_RULE = 8
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,50 @@ def products(model: ModelConfig, symbol: str) -> list[tuple[int, int, int]]:
             return [(h, query + 2 * model.query_groups * model.head_dim, 1), (query, h, 1)]
         case "-":
             return [(h, gated * model.ffn_size, 1), (model.ffn_size, h, 1)]
+        case "+" | "D":
+            heads, value = model.num_attention_heads, model.mla_value_head_dim
+            query, both = model.mla_query_head_dim, model.mla_head_dim + value
+            down = model.mla_query_rank + model.mla_kv_rank + model.mla_rope_head_dim
+            own = [
+                (model.mla_query_rank, heads * query, 1),
+                (heads * value, h, 1),
+                (model.mla_kv_rank, heads * both, 1),
+                (h, down, 1),
+            ]
+            index = model.dsa_index_heads * model.dsa_index_head_dim
+            indexer = [(model.mla_query_rank, index, 1), (h, model.dsa_index_head_dim + model.dsa_index_heads, 1)]
+            return own + (indexer if symbol == "D" else [])
+        case "G":
+            return [(h, model.gdn_projected, 1), (model.gdn_value_size, h, 1)]
         case "E":
             f, shared = model.moe_ffn_size, model.moe_shared_expert_size
             routed = [(h, gated * f, model.moe_top_k), (f, h, model.moe_top_k)]
             return routed + ([(h, gated * shared, 1), (shared, h, 1)] if shared else [])
         case _:
-            raise AssertionError(f"no layer of kind {symbol!r} is built")
+            raise AssertionError(f"no layer is written {symbol!r}")
 
 
 def core(model: ModelConfig, symbol: str, length: int) -> float:
-    """What a layer does without weights: the scan, or scores and values of causal attention."""
+    """What a layer does without weights: the scan, or scores and values of causal attention.
+
+    Sparse attention scores all earlier positions with the indexer, and those that it chooses with every head, in the
+    low rank that keys and values share.
+    """
     if symbol == "M":
         return float(MAMBA2_SCAN if model.mamba_version == 2 else MAMBA1_SCAN) * (
             model.mamba_inner_size * model.mamba_state_dim
         )
     if symbol == "*":
         return 2.0 * length * model.num_attention_heads * model.head_dim
+    if symbol == "+":
+        return float(length) * model.num_attention_heads * (model.mla_query_head_dim + model.mla_value_head_dim)
+    if symbol == "D":
+        chosen = min(model.dsa_top_k, length)
+        seen = chosen - chosen**2 / (2 * length)  # on average: the first positions have fewer before them
+        latent = 2 * model.mla_kv_rank + model.mla_rope_head_dim
+        return model.dsa_index_heads * model.dsa_index_head_dim * length + 2.0 * seen * (
+            model.num_attention_heads * latent
+        )
+    if symbol == "G":
+        return float(DELTA_RULE) * model.gdn_value_size * model.gdn_key_head_dim
     return 0.0

@@ -120,6 +120,9 @@ NORM_PASSES = (5.0, 5.0)
 ACTIVATION_PASSES = (2.0, 3.0)
 # Passes over the tokens that experts get (permutation there and back), forward and backward.
 PERMUTATION_PASSES = (6.0, 6.0)
+# Over the scores of megatron-core's sparse attention in PyTorch, in units of bf16 numbers; counted from its operations
+# (product, scale, mask, softmax, product; twice that backward), not measured.
+SPARSE_PASSES = (10.0, 20.0)
 # Bytes moved per logit by the cross entropy, forward and backward together.
 LOSS_BYTES = 10.0
 # Bytes moved per parameter when the gradient of a micro batch is added to the sum: fp32 sum; bf16 sum.
@@ -128,7 +131,8 @@ ACCUMULATE_BYTES = {4: 12.0, 2: 8.0}
 OPTIMIZER_BYTES = {False: 34.0, True: 20.0}
 
 # Seconds that the host takes to launch a layer's kernels, forward and backward together: a step is never shorter.
-LAUNCH_SECONDS = {"M": 4.6e-3, "*": 4.2e-3, "-": 2.1e-3, "E": 6.4e-3}
+# Not measured: G, D and +, which have about as many kernels as the layers whose times they have here.
+LAUNCH_SECONDS = {"M": 4.6e-3, "*": 4.2e-3, "-": 2.1e-3, "E": 6.4e-3, "G": 6.4e-3, "D": 12.8e-3, "+": 6.4e-3}
 # Seconds of a step that do not depend on its size: optimizer bookkeeping, logging, waiting for the host.
 STEP_SECONDS = 0.02
 

@@ -145,6 +145,14 @@ def _all_saved(settings: Settings, symbol: str) -> float:
             query, key = model.num_attention_heads * model.head_dim, model.query_groups * model.head_dim
             # queries, keys, values; output, which is the projection's input too; row sums in fp32
             own = (query + 2 * key) * width + query * width + 4 * model.num_attention_heads
+        case "+" | "D":
+            return stream + normed + _latent(settings, symbol, width, input_width)
+        case "G":
+            # The projection, its convolved part, queries and keys with length 1 and one a value head, the decays in
+            # fp32, the rule's output before the norm, the output projection's input
+            key, value, heads = model.gdn_key_size, model.gdn_value_size, model.gdn_num_value_heads
+            spread = 2 * heads * model.gdn_key_head_dim
+            own = (model.gdn_projected + 4 * key + value + spread + value) * width + 8 * heads + value * input_width
         case "-":
             own = _mlp(model, model.ffn_size, width, input_width)
         case "E":
@@ -153,8 +161,29 @@ def _all_saved(settings: Settings, symbol: str) -> float:
             shared = _mlp(model, model.moe_shared_expert_size or 0, width, input_width)
             return stream + normed + (experts + shared) / tensor + 8.0 * (model.num_experts or 0)
         case _:
-            raise AssertionError(f"no layer of kind {symbol!r} is built")
+            raise AssertionError(f"no layer is written {symbol!r}")
     return stream + normed + own / tensor
+
+
+def _latent(settings: Settings, symbol: str, width: int, input_width: int) -> float:
+    """Bytes per token of latent attention, its input aside.
+
+    Sparse attention is megatron-core's in PyTorch, which keeps the scores of all positions, in fp32 and in the model's
+    own format, and for the indexer's loss its mask.
+    """
+    model, parallel = settings.model, settings.parallel
+    heads, value = model.num_attention_heads, model.mla_value_head_dim
+    query, latent = model.mla_query_head_dim, model.mla_kv_rank + model.mla_rope_head_dim
+    # The low ranks before and after their norms, which each rank has for its part of the sequence.
+    low = 2 * (model.mla_query_rank + model.mla_kv_rank) * width / (parallel.tensor if parallel.sequence else 1)
+    if symbol == "+":
+        own = heads * ((2 * query + 2 * value) * width + 4)
+        return low + own / parallel.tensor
+    positions = settings.data.sequence_length
+    own = heads * (query + latent + model.mla_kv_rank) * width + heads * value * input_width
+    scores = positions * heads * (4 + width)
+    indexer = (model.dsa_index_heads + 1) * model.dsa_index_head_dim * width + 4 * positions
+    return low + (own + scores) / parallel.tensor + latent * width + indexer
 
 
 def _mlp(model: ModelConfig, inner: int, width: int, input_width: int) -> float:
@@ -187,8 +216,8 @@ class Inference:
     """Bytes that generation keeps on all ranks together, at the model's own precision of 16 bits."""
 
     weights: float
-    state_per_sequence: float  # SSM states and convolution inputs, whatever the length
-    cache_per_token: float  # keys and values
+    state_per_sequence: float  # SSM and delta states and convolution inputs, whatever the length
+    cache_per_token: float  # keys and values, or the low rank that they come from
 
 
 def inference(settings: Settings, width: int = 2) -> Inference:
@@ -198,8 +227,13 @@ def inference(settings: Settings, width: int = 2) -> Inference:
     inner, state = model.mamba_inner_size, model.mamba_state_dim
     convolved = inner + (2 * model.mamba_num_groups * state if model.mamba_version == 2 else 0)
     whole = parameters.whole(settings)
+    delta = model.gdn_value_size * model.gdn_key_head_dim
+    delta += (2 * model.gdn_key_size + model.gdn_value_size) * model.gdn_conv_kernel
+    latent = (counts["+"] + counts["D"]) * (model.mla_kv_rank + model.mla_rope_head_dim)
+    cached = counts["*"] * 2 * model.query_groups * model.head_dim + latent + counts["D"] * model.dsa_index_head_dim
+    mamba = inner * state + convolved * model.mamba_conv_kernel
     return Inference(
         weights=float(width * (whole.total - whole.mtp)),
-        state_per_sequence=float(counts["M"] * (inner * state + convolved * model.mamba_conv_kernel) * width),
-        cache_per_token=float(counts["*"] * 2 * model.query_groups * model.head_dim * width),
+        state_per_sequence=float((counts["M"] * mamba + counts["G"] * delta) * width),
+        cache_per_token=float(cached * width),
     )

@@ -1,7 +1,8 @@
 """Parameters of a model and of each rank that holds a part of it, equal to those of the megatron-core modules.
 
 Letters: h hidden size, t tensor parallel size. Per Mamba-2 layer: d inner width, G groups, N state, H heads, K width of
-the convolution. Per Mamba-1 layer also R, the rank of the time step.
+the convolution. Per Mamba-1 layer also R, the rank of the time step. What every tensor-parallel rank has whole is not
+divided by t: norms, routers, the projections to the low ranks of latent attention.
 """
 
 from collections import Counter
@@ -104,8 +105,14 @@ def layer(model: ModelConfig, symbol: str, tensor: int = 1, expert: int = 1) -> 
             mixer = _mlp(model, model.ffn_size, tensor)
         case "E":
             mixer = _experts(model, tensor, expert)
+        case "+":
+            mixer = _latent(model, tensor)
+        case "D":
+            mixer = _latent(model, tensor) + _indexer(model)
+        case "G":
+            mixer = _delta(model, tensor)
         case _:
-            raise AssertionError(f"no layer of kind {symbol!r} is built")
+            raise AssertionError(f"no layer is written {symbol!r}")
     return _norm(model) + mixer
 
 
@@ -133,8 +140,8 @@ def _part(settings: Settings, layers: str, *, first: bool, last: bool, tensor: i
     )
 
 
-def _norm(model: ModelConfig) -> int:
-    return model.hidden_size * (2 if model.normalization == "LayerNorm" else 1)
+def _norm(model: ModelConfig, width: int | None = None) -> int:
+    return (width or model.hidden_size) * (2 if model.normalization == "LayerNorm" else 1)
 
 
 def _mamba2(model: ModelConfig, t: int) -> int:
@@ -158,6 +165,28 @@ def _attention(model: ModelConfig, t: int) -> int:
     qkv = (query + 2 * model.query_groups * model.head_dim) // t
     biases = qkv + h if model.add_linear_bias else 0
     return h * qkv + query // t * h + biases
+
+
+def _latent(model: ModelConfig, t: int) -> int:
+    h, heads, value = model.hidden_size, model.num_attention_heads, model.mla_value_head_dim
+    query_rank, kv_rank = model.mla_query_rank, model.mla_kv_rank
+    down = h * (query_rank + kv_rank + model.mla_rope_head_dim)
+    up = (query_rank * model.mla_query_head_dim + kv_rank * (model.mla_head_dim + value)) * heads // t
+    bias = h if model.add_linear_bias else 0
+    return down + _norm(model, query_rank) + _norm(model, kv_rank) + up + heads * value // t * h + bias
+
+
+def _indexer(model: ModelConfig) -> int:
+    h, heads, width = model.hidden_size, model.dsa_index_heads, model.dsa_index_head_dim
+    layer_norm = 2 * width  # whatever the model's own norm is
+    return model.mla_query_rank * heads * width + h * width + layer_norm + h * heads
+
+
+def _delta(model: ModelConfig, t: int) -> int:
+    h, value = model.hidden_size, model.gdn_value_size
+    convolution = (2 * model.gdn_key_size + value) // t * model.gdn_conv_kernel
+    gates = 2 * model.gdn_num_value_heads // t
+    return h * model.gdn_projected // t + convolution + gates + _norm(model, model.gdn_value_head_dim) + value // t * h
 
 
 def _mlp(model: ModelConfig, width: int, t: int) -> int:

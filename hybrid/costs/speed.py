@@ -132,10 +132,21 @@ def _core(settings: Settings, symbol: str, gpu: Gpu) -> Seconds:
             forward = inner * model.mamba_state_dim / (gpu.special * hw.SELECTIVE_SCAN_SHARE)
             scan = Seconds(forward, forward * hw.SELECTIVE_SCAN_BACKWARD)
             return scan + _moved(2 * inner, hw.MAMBA1_PASSES, gpu)
-        case "*":
+        case "G":
+            # As Mamba-2's scan, in the same passes over its projection and convolution.
+            forward = flops.core(model, symbol, 0) / tensor / (gpu.bf16 * hw.SCAN_SHARE)
+            return Seconds(forward, forward * hw.SCAN_BACKWARD) + _moved(
+                model.gdn_projected / tensor, hw.MAMBA2_PASSES, gpu
+            )
+        case "*" | "+" | "D":
             operations = flops.core(model, symbol, settings.data.sequence_length) / tensor
             forward = operations / (gpu.bf16 * hw.ATTENTION_SHARE)
-            return Seconds(forward, forward * hw.ATTENTION_BACKWARD)
+            computed = Seconds(forward, forward * hw.ATTENTION_BACKWARD)
+            if symbol != "D":
+                return computed
+            # Megatron's sparse attention in PyTorch goes over the scores of all positions, in fp32.
+            scores = 2 * model.num_attention_heads * settings.data.sequence_length / tensor
+            return computed + _moved(scores, hw.SPARSE_PASSES, gpu)
         case "-":
             return _activation(settings, model.ffn_size, gpu)
         case "E":
@@ -144,7 +155,7 @@ def _core(settings: Settings, symbol: str, gpu: Gpu) -> Seconds:
             stream = model.hidden_size / (tensor if settings.parallel.sequence else 1)
             return experts + shared + _moved(model.moe_top_k * stream, hw.PERMUTATION_PASSES, gpu)
         case _:
-            raise AssertionError(f"no layer of kind {symbol!r} is built")
+            raise AssertionError(f"no layer is written {symbol!r}")
 
 
 def scan_products(settings: Settings) -> float:

@@ -3,7 +3,7 @@
 Megatron's own `DotProductAttention` keeps the whole score matrix and takes it from a CUDA buffer.
 
 Shapes: S sequence of this rank, T sequence of all context-parallel ranks or of all packed sequences, B batch, Q query
-heads and K key-value heads of this rank, E head width.
+heads and K key-value heads of this rank, E head width (values may have another than queries and keys).
 """
 
 from typing import Any
@@ -72,7 +72,7 @@ class SdpaAttention(MegatronModule):
             return _joined(self._attend(query, key, value))
 
         both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=self.context_group)
-        key, value = in_order(both, ranks).permute(1, 2, 0, 3).chunk(2, dim=-1)
+        key, value = in_order(both, ranks).permute(1, 2, 0, 3).split([key.shape[-1], value.shape[-1]], dim=-1)
         rank, length = self.context_group.rank(), len(query) // 2
         parts = []
         for chunk, part in zip((rank, 2 * ranks - 1 - rank), query.permute(1, 2, 0, 3).chunk(2, dim=2), strict=True):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 import hybrid.model.mtp  # noqa: F401  (in the place of upstream's loss)
 from hybrid.config import Settings
@@ -25,12 +25,13 @@ def transformer_config(settings: Settings, pattern: Pattern) -> TransformerConfi
     dtype = torch.float32 if trainer.precision == "fp32" else torch.bfloat16
     virtual = len(pattern.segments) // parallel.pipeline
     cuda, engine = torch.cuda.is_available(), kernels.of(settings).transformer_engine
-    return TransformerConfig(
+    latent = _latent(settings, pattern, engine)
+    return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=pattern.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.query_groups,
+        num_query_groups=model.num_attention_heads if latent else model.query_groups,
         kv_channels=model.head_dim,
         activation_func=_ACTIVATIONS[model.activation],
         gated_linear_unit=model.activation == "swiglu",
@@ -65,16 +66,53 @@ def transformer_config(settings: Settings, pattern: Pattern) -> TransformerConfi
         gradient_accumulation_fusion=False,
         # GELU is left out: fused, it is the tanh approximation, and only there with a bias.
         bias_activation_fusion=cuda and model.activation == "swiglu",
-        apply_rope_fusion=engine and model.position_embedding == "rope",
+        apply_rope_fusion=engine and model.position_embedding == "rope" and not latent,
         cross_entropy_loss_fusion=engine,
         cross_entropy_fusion_impl="te" if engine else "native",
         bias_dropout_fusion=False,
         persist_layer_norm=False,
+        linear_key_head_dim=model.gdn_key_head_dim,
+        linear_value_head_dim=model.gdn_value_head_dim,
+        linear_num_key_heads=model.gdn_num_key_heads,
+        linear_num_value_heads=model.gdn_num_value_heads,
+        linear_conv_kernel_dim=model.gdn_conv_kernel,
+        **latent,
         **_experts(settings, pattern, engine),
         **_multi_token(settings, pattern),
         **_recomputation(settings, pattern),
         **_fp8(settings),
     )
+
+
+def _latent(settings: Settings, pattern: Pattern, engine: bool) -> dict[str, Any]:
+    """Latent attention, with or without sparse attention: its own widths and its own rotation."""
+    model, counts = settings.model, pattern.counts()
+    if not counts["+"] and not counts["D"]:
+        return {}
+    values: dict[str, Any] = {
+        "transformer_impl": "transformer_engine" if engine else "local",
+        "qk_layernorm": True,  # of the low ranks
+        "q_lora_rank": model.mla_query_rank,
+        "kv_lora_rank": model.mla_kv_rank,
+        "qk_head_dim": model.mla_head_dim,
+        "qk_pos_emb_head_dim": model.mla_rope_head_dim,
+        "v_head_dim": model.mla_value_head_dim,
+        "rope_type": "rope",
+        "rotary_base": model.rotary_base,
+        "rotary_scaling_factor": 1.0,  # would change the scale of the scores, which is YaRN's doing
+    }
+    if counts["D"]:
+        values |= {
+            "experimental_attention_variant": "dsa",
+            "dsa_indexer_n_heads": model.dsa_index_heads,
+            "dsa_indexer_head_dim": model.dsa_index_head_dim,
+            "dsa_indexer_topk": model.dsa_top_k,
+            "dsa_indexer_loss_coeff": model.dsa_loss_coeff,
+            # A rotation of both queries and keys, which changes no product of them: for sums in 8 bits.
+            "dsa_indexer_rotate_activation": False,
+            "cp_comm_type": "all_gather",
+        }
+    return values
 
 
 def _experts(settings: Settings, pattern: Pattern, engine: bool) -> dict[str, Any]:

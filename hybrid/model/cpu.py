@@ -8,6 +8,7 @@ What it changes, and why each is enough:
 
 - Factory calls and `Tensor.to`/`Tensor.cuda` with `device="cuda"` (schedules, optimizer, gradient clipping) give CPU
   tensors. A `TorchFunctionMode` does this: it sees the call, whoever makes it, and leaves everything else alone.
+- Memory is not pinned for copies to a GPU (rotary positions under context parallelism ask for it).
 - `Tensor.type()` answers `torch.cuda.FloatTensor` for a float32 tensor: the optimizer sorts parameters by that string.
 - `torch.cuda.current_device` answers `torch.device("cpu")`, which the factory calls accept; streams and events do
   nothing, since every operation on the CPU is finished when it returns.
@@ -45,6 +46,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return f"torch.cuda.{func(args[0]).removeprefix('torch.')}"
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if "device" in kwargs and _means_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
         elif func is torch.Tensor.to and len(args) > 1 and _means_cuda(args[1]):

@@ -1,10 +1,11 @@
 """Which kernels this machine has, which of them a model takes, and why.
 
-Two independent choices, both made from `model.kernels`, the GPU and the packages that are installed:
+Independent choices, all made from `model.kernels`, the GPU and the packages that are installed:
 
 - the linear layers, norms, attention and the loss: transformer-engine's modules, or Megatron's parallel linears with
   torch norms and `scaled_dot_product_attention`;
-- the Mamba mixers: the kernels of mamba-ssm and causal-conv1d, or the PyTorch reference beside each of them.
+- the Mamba mixers: the kernels of mamba-ssm and causal-conv1d, or the PyTorch reference beside each of them;
+- gated delta nets: fla-core's kernels, or Megatron's own PyTorch.
 
 `auto` takes every fused kernel that is there, `fused` asks for all of them, `reference` for none. Parameters and
 checkpoints are the same either way. Importing this module imports no torch.
@@ -23,13 +24,17 @@ FP8_CAPABILITY = (8, 9)  # Ada and Hopper on
 
 @dataclass(frozen=True)
 class Package:
-    """A package with CUDA kernels: the module that shows whether it works, the oldest version that does, its use."""
+    """A package with CUDA kernels: the module that shows whether it works, the oldest version that does, its use.
+
+    `below`: the first version that no longer works, "" if there is none.
+    """
 
     name: str
     module: str
     minimum: str
     install: str
     gives: str
+    below: str = ""
 
 
 TRANSFORMER_ENGINE = Package(
@@ -53,7 +58,15 @@ CAUSAL_CONV1D = Package(
     "pip install --no-build-isolation 'causal-conv1d>=1.5'",
     "the short convolution of Mamba layers",
 )
-PACKAGES = (TRANSFORMER_ENGINE, MAMBA_SSM, CAUSAL_CONV1D)
+FLA = Package(
+    "fla-core",
+    "fla.modules.convolution",
+    "0.4",
+    "pip install 'fla-core[cuda]>=0.4,<0.6'",
+    "the gated delta rule of G layers",
+    below="0.6",  # which has moved the modules that megatron-core 0.19 imports
+)
+PACKAGES = (TRANSFORMER_ENGINE, MAMBA_SSM, CAUSAL_CONV1D, FLA)
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a model is built from; `reasons` says why, a sentence for each of the two."""
+    """What a model is built from; `reasons` says why, a sentence for each of the three."""
 
     transformer_engine: bool
     mamba: bool
-    reasons: tuple[str, str]
+    delta: bool
+    reasons: tuple[str, str, str]
 
 
 @cache
@@ -101,26 +115,30 @@ def choose(wanted: str, here: Machine) -> Choice:
         return _none("model.kernels is 'reference'")
     if here.gpu is None:
         return _none("there is no CUDA device")
-    engine, mamba = here.lacks(TRANSFORMER_ENGINE), here.lacks(MAMBA_SSM, CAUSAL_CONV1D)
+    engine, mamba, delta = here.lacks(TRANSFORMER_ENGINE), here.lacks(MAMBA_SSM, CAUSAL_CONV1D), here.lacks(FLA)
     return Choice(
         not engine,
         not mamba,
+        not delta,
         (
             f"torch modules: {_why(engine, here)}" if engine else "transformer-engine",
             f"PyTorch reference: {_why(mamba, here)}" if mamba else "mamba-ssm and causal-conv1d",
+            f"PyTorch reference: {_why(delta, here)}" if delta else "fla-core",
         ),
     )
 
 
 def _none(reason: str) -> Choice:
-    return Choice(False, False, (f"torch modules: {reason}", f"PyTorch reference: {reason}"))
+    reference = f"PyTorch reference: {reason}"
+    return Choice(False, False, False, (f"torch modules: {reason}", reference, reference))
 
 
 def check(settings: Settings, here: Machine) -> list[Problem]:
     """What the settings ask of the machine that it does not have."""
     problems = []
     wanted, precision = settings.model.kernels, settings.trainer.precision
-    missing = here.lacks(*PACKAGES)
+    delta = "G" in settings.model.pattern.text
+    missing = [package for package in here.lacks(*PACKAGES) if package is not FLA or delta]
     if wanted == "fused" and here.gpu is None:
         problems.append(
             Problem("model.kernels", "is 'fused', but there is no CUDA device; set it to 'auto' or 'reference'")
@@ -130,6 +148,15 @@ def check(settings: Settings, here: Machine) -> list[Problem]:
             Problem("model.kernels", f"is 'fused', but {package.name} {_here(package, here)}; {package.install}")
             for package in missing
         ]
+    if delta and settings.data.source == "sft" and not choose(wanted, here).delta:
+        problems.append(
+            Problem(
+                "data.source",
+                "is 'sft', which packs sequences into a row; gated delta nets (G) keep them apart only with "
+                f"{FLA.name}'s kernels on CUDA ({FLA.install}); here they are PyTorch, for "
+                f"{choose(wanted, here).reasons[2].partition(': ')[2]}",
+            )
+        )
     needs = []
     if precision.startswith("fp8"):
         needs.append(("trainer.precision", f"is '{precision}'", "set it to 'bf16'"))
@@ -186,6 +213,8 @@ def _problem(package: Package, version: str | None, *, load: bool) -> str:
         return "is not installed"
     if _numbers(version) < _numbers(package.minimum):
         return f"is {version}, older than {package.minimum}"
+    if package.below and _numbers(version) >= _numbers(package.below):
+        return f"is {version}, not below {package.below}"
     if load:
         try:
             importlib.import_module(package.module)

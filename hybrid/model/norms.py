@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from hybrid.model.gated_norm import gated_rms_norm
 
 
-def norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:
-    """Make the RMSNorm or LayerNorm that `config.normalization` names, over the last `hidden_size` elements.
+class TorchNorm:
+    """Makes the RMSNorm or LayerNorm that `config.normalization` names, over the last `hidden_size` elements.
 
     Megatron's own wrapper of the torch norms refuses sequence parallelism. It only needs the parameters to be marked,
     so that their gradients are summed over the tensor-parallel ranks, each of which has seen a part of the sequence.
+    A class, because Megatron's specs call classes and hand functions on.
     """
-    kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-    module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-    for parameter in module.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return module
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> nn.Module:
+        """A norm with weights of 1."""
+        kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
+        module = kind(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
 
 
 class GatedRMSNorm(nn.Module):

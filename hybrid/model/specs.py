@@ -1,24 +1,29 @@
 """Which module stands for each symbol of a layer pattern.
 
-The stack is the same on either backend; only the parts differ. Transformer-engine's column linears hold the norm of
-their input. Megatron's own do not, so a torch norm stands before them, and the maps of checkpoint names give it the
-name that it has inside the fused layer: one checkpoint loads into either.
+Where a norm stands before a linear layer that would have it inside on transformer-engine's side, the maps of checkpoint
+names give it the name that it has there: one checkpoint loads into either.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.experimental_attention_variant.absorbed_mla import AbsorbedMLASelfAttentionSubmodules
+from megatron.core.transformer.experimental_attention_variant.dsa import (
+    DSAIndexer,
+    DSAIndexerSubmodules,
+    DSAttention,
+    DSAttentionSubmodules,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -26,7 +31,6 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
     TransformerLayer,
@@ -34,49 +38,23 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from hybrid.config import ModelConfig
-from hybrid.model.attention import SdpaAttention
+from hybrid.model.delta import ReferenceGatedDeltaNet
 from hybrid.model.kernels import Choice
 from hybrid.model.mamba1 import Mamba1Mixer
 from hybrid.model.mamba2 import FusedMamba2Mixer, ReferenceMamba2Mixer
-from hybrid.model.norms import norm
+from hybrid.model.parts import Parts, engine_parts, torch_parts
 from hybrid.model.residual import bias_dropout_add
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What the two backends give: modules, or functions that make them."""
-
-    stack: Any
-    norm: Any  # one that stands alone
-    input_norm: Any  # before `normed_column`: nothing where that has its own
-    normed_column: Any  # the first linear of a layer
-    column: Any
-    row: Any
-    attention: Any
-    mlp: Any  # of an MoE layer
-
-
-class TorchHybridStack(HybridStack):
-    """Megatron's stack of layers with a torch norm at its end; upstream's is transformer-engine's."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: HybridStackSubmodules,
-        *,
-        post_process: bool = True,
-        post_layer_norm: bool = True,
-        **kwargs: Any,
-    ):
-        super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **kwargs)
-        self.post_layer_norm = post_layer_norm
-        if post_process and post_layer_norm:
-            self.final_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+# Upstream has the norms of the low ranks inside the linears that follow them.
+_LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 
 
 def stack_spec(model: ModelConfig, choice: Choice) -> ModuleSpec:
     """The stack of layers of a `HybridModel`, from the parts and the mixer that were chosen."""
-    parts = _transformer_engine(model) if choice.transformer_engine else _torch(model)
+    parts = engine_parts(model) if choice.transformer_engine else torch_parts(model)
 
     def renamed(name: str, to: str) -> dict[str, str]:
         return {} if parts.input_norm is IdentityOp else {name: to}
@@ -111,6 +89,13 @@ def stack_spec(model: ModelConfig, choice: Choice) -> ModuleSpec:
                     sharded_state_dict_keys_map=renamed("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
                 ),
             ),
+            gdn_layer=_layer(
+                _delta_net(parts, fused=choice.delta),
+                parts.input_norm,
+                renamed("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+            ),
+            mla_layer=_layer(_latent_attention(parts), parts.norm, _LATENT_NORMS),
+            dsa_layer=_layer(_sparse_attention(parts), parts.norm, {}),
             mlp_layer=ModuleSpec(
                 module=MLPLayer,
                 submodules=TransformerLayerSubmodules(
@@ -152,6 +137,64 @@ def stack_spec(model: ModelConfig, choice: Choice) -> ModuleSpec:
     )
 
 
+def _layer(attention: ModuleSpec, norm: Any, renamed: dict[str, str]) -> ModuleSpec:
+    """A layer of one of the other kinds of attention."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=attention,
+            self_attn_bda=bias_dropout_add,  # type: ignore[arg-type]
+            sharded_state_dict_keys_map=renamed,
+        ),
+    )
+
+
+def _delta_net(parts: Parts, *, fused: bool) -> ModuleSpec:
+    return ModuleSpec(
+        module=GatedDeltaNet if fused else ReferenceGatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(in_proj=parts.normed_column, out_norm=parts.norm, out_proj=parts.row),
+    )
+
+
+def _latent_attention(parts: Parts) -> ModuleSpec:
+    return ModuleSpec(
+        module=parts.latent,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=MLASelfAttentionSubmodules(
+            linear_q_down_proj=parts.down,
+            linear_q_up_proj=parts.column,
+            linear_kv_down_proj=parts.down,
+            linear_kv_up_proj=parts.column,
+            core_attention=parts.attention,
+            linear_proj=parts.row,
+            q_layernorm=parts.norm,
+            kv_layernorm=parts.norm,
+        ),
+    )
+
+
+def _sparse_attention(parts: Parts) -> ModuleSpec:
+    indexer = DSAIndexerSubmodules(
+        linear_wq_b=parts.copied, linear_wk=parts.copied, k_norm=parts.norm, linear_weights_proj=parts.copied
+    )
+    attention = DSAttentionSubmodules(indexer=ModuleSpec(module=DSAIndexer, submodules=indexer))
+    return ModuleSpec(
+        module=parts.sparse,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=AbsorbedMLASelfAttentionSubmodules(
+            linear_q_down_proj=parts.down,
+            linear_q_up_proj=parts.column,
+            linear_kv_down_proj=parts.down,
+            linear_kv_up_proj=parts.column,
+            core_attention=ModuleSpec(module=DSAttention, submodules=attention),
+            linear_proj=parts.row,
+            q_layernorm=parts.norm,
+            kv_layernorm=parts.norm,
+        ),
+    )
+
+
 def _mixer(model: ModelConfig, choice: Choice, submodules: MambaMixerSubmodules) -> ModuleSpec:
     if model.mamba_version == 1:
         params = {
@@ -166,34 +209,4 @@ def _mixer(model: ModelConfig, choice: Choice, submodules: MambaMixerSubmodules)
         module=FusedMamba2Mixer if choice.mamba else ReferenceMamba2Mixer,
         params={"d_conv": model.mamba_conv_kernel, "chunk_size": model.mamba_chunk_size},
         submodules=submodules,
-    )
-
-
-def _torch(model: ModelConfig) -> Parts:
-    """Megatron's parallel linears, torch norms and scaled_dot_product_attention: runs on any device."""
-    return Parts(
-        stack=TorchHybridStack,
-        norm=norm,
-        input_norm=norm,
-        normed_column=ColumnParallelLinear,
-        column=ColumnParallelLinear,
-        row=RowParallelLinear,
-        attention=SdpaAttention,
-        mlp=get_moe_module_spec(use_te=False, num_experts=model.num_experts or 1),
-    )
-
-
-def _transformer_engine(model: ModelConfig) -> Parts:
-    """The parts of Megatron's own `hybrid_stack_spec`."""
-    from megatron.core.extensions import transformer_engine as te
-
-    return Parts(
-        stack=HybridStack,
-        norm=te.TENorm,
-        input_norm=IdentityOp,
-        normed_column=te.TELayerNormColumnParallelLinear,
-        column=te.TEColumnParallelLinear,
-        row=te.TERowParallelLinear,
-        attention=te.TEDotProductAttention,
-        mlp=get_moe_module_spec(use_te=True, num_experts=model.num_experts or 1, moe_grouped_gemm=True),
     )

@@ -161,7 +161,56 @@ def test_right_settings_have_no_problem():
             "model.tie_embeddings",
             "cannot save",
         ),
-        ({"model__layer_pattern": "MG-"}, None, "model.layer_pattern", "has 'G' layers (gated delta net)"),
+        # Latent attention, sparse attention, gated delta nets
+        (
+            {"model__layer_pattern": "M+-D", "parallel__tensor": 2},
+            None,
+            "parallel.sequence",
+            "trains latent attention (MLA), sparse attention (DSA) under tensor parallelism (2) only with sequence",
+        ),
+        (
+            {"model__layer_pattern": "M+", "model__mla_rope_head_dim": 7},
+            None,
+            "model.mla_rope_head_dim",
+            "is 7, but dimensions are rotated in pairs; nearest: 6 or 8",
+        ),
+        (
+            {"model__layer_pattern": "MD", "model__dsa_index_head_dim": 32},
+            None,
+            "model.dsa_index_head_dim",
+            "holds the rotated width, model.mla_rope_head_dim (64); nearest: 64",
+        ),
+        (
+            {"model__layer_pattern": "MD", "model__add_linear_bias": True},
+            None,
+            "model.add_linear_bias",
+            "has no biases",
+        ),
+        (
+            {"model__layer_pattern": "MD", "model__attention_dropout": 0.1},
+            None,
+            "model.attention_dropout",
+            "is 0.1, but sparse attention (D) has no dropout; nearest: 0",
+        ),
+        ({"model__layer_pattern": "MG"}, None, "model.activation", "has them with SiLU only; nearest: 'swiglu'"),
+        (
+            {"model__layer_pattern": "G", "model__gdn_num_value_heads": 24},
+            None,
+            "model.gdn_num_value_heads",
+            "is 24, but must be a multiple of model.gdn_num_key_heads (16); nearest: 16 or 32; or set",
+        ),
+        (
+            {"model__layer_pattern": "G", "model__gdn_num_key_heads": 2, "parallel__tensor": 2, "parallel__context": 2},
+            None,
+            "model.gdn_num_key_heads",
+            "is 2, but must be a multiple of parallel.tensor x parallel.context (2 x 2); nearest: 4",
+        ),
+        (
+            {"model__layer_pattern": "M+G", "checkpoint__export": "hf:out"},
+            None,
+            "checkpoint.export",
+            "the converters know no G (gated delta net), + (latent attention (MLA)); set it to None",
+        ),
         # Vocabulary
         (
             {"model__vocab_size_multiple": 1, "parallel__tensor": 2},
@@ -283,6 +332,13 @@ def test_each_rule_says_the_place_the_numbers_and_the_way_out(changes, world, pl
         ({"model__mamba_num_heads": 17, "model__mamba_num_groups": 1}, "model.mamba_num_heads", "+ heads) / tensor"),
         ({"model__ffn_hidden_size": 40}, "model.ffn_hidden_size", "makes MLP width / tensor 40"),
         ({"data__sequence_length": 24}, "trainer.micro_batch_size", "nearest: 16 or 32"),
+        ({"model__layer_pattern": "M+", "model__mla_kv_rank": 24}, "model.mla_kv_rank", "makes key-value rank 24"),
+        ({"model__layer_pattern": "MD", "model__dsa_index_heads": 8}, "model.dsa_index_heads", "indexer heads 8"),
+        (
+            {"model__layer_pattern": "MG", "model__gdn_num_value_heads": 17, "model__gdn_num_key_heads": 17},
+            "model.gdn_num_value_heads",
+            "delta net's projection / tensor 8738",
+        ),
         ({"model__kernels": "reference"}, "model.kernels", "needs transformer-engine"),
     ],
 )
@@ -334,6 +390,7 @@ sizes = st.one_of(st.integers(1, 12), st.sampled_from([16, 24, 30, 64, 4096, 10*
 size_fields = [
     *("model__hidden_size", "model__num_attention_heads", "model__num_query_groups", "model__mamba_state_dim"),
     *("model__mamba_head_dim", "model__mamba_num_groups", "model__mamba_expand", "model__moe_ffn_hidden_size"),
+    *("model__mla_kv_rank", "model__mla_rope_head_dim", "model__gdn_num_key_heads", "model__gdn_num_value_heads"),
     *("model__moe_top_k", "model__vocab_size_multiple", "trainer__micro_batch_size", "trainer__global_batch_size"),
     *("parallel__tensor", "parallel__pipeline", "parallel__context", "parallel__expert", "data__sequence_length"),
 ]
@@ -341,7 +398,7 @@ size_fields = [
 
 @given(
     st.fixed_dictionaries(dict.fromkeys(size_fields, sizes)),
-    st.sampled_from(["M-M*", "M*E/M", "MMM", "M|*|-", "E-"]),
+    st.sampled_from(["M-M*", "M*E/M", "MMM", "M|*|-", "E-", "G+D"]),
     st.sampled_from([1, 2]),
     st.sampled_from(["bf16", "fp8_delayed"]),
     st.one_of(st.none(), sizes),

@@ -78,6 +78,13 @@ class Rank:
             return sum(parameter.numel() for chunk in self.chunks() for parameter in chunk.parameters())
 
 
+LATENT = {
+    "model__mla_query_rank": 96,
+    "model__mla_kv_rank": 64,
+    "model__mla_head_dim": 24,
+    "model__activation": "swiglu",
+}
+SPLIT = {"parallel__tensor": 2, "parallel__sequence": True}
 VARIANT = {
     "model__activation": "swiglu",
     "model__normalization": "LayerNorm",
@@ -100,6 +107,10 @@ VARIANT = {
         ("small", {"model__mamba_version": 1, "parallel__tensor": 2, "parallel__pipeline": 2}, 4, [0, 3]),
         ("small", {"model__layer_pattern": "M*-/M*/M*", "parallel__tensor": 2}, 2, [0]),
         ("small", {"model__layer_pattern": "M*|-/M*/M*", "parallel__tensor": 2, "parallel__pipeline": 2}, 4, [0, 3]),
+        ("small", {**LATENT, "model__layer_pattern": "M+-G"}, 1, [0]),
+        ("small", {**LATENT, **SPLIT, "model__layer_pattern": "M+-G/+G", "model__add_linear_bias": True}, 2, [1]),
+        ("small", {**LATENT, **SPLIT, "model__layer_pattern": "+D|G-", "parallel__pipeline": 2}, 4, [0, 3]),
+        ("small", {**LATENT, "model__layer_pattern": "D+G", "model__normalization": "LayerNorm"}, 1, [0]),
         ("small_moe", {"parallel__tensor": 2, "parallel__sequence": True}, 2, [1]),
         ("small_moe", {"parallel__expert": 4, "model__moe_shared_expert_size": 96}, 4, [0, 3]),
         ("small_moe", {"model__activation": "swiglu", "parallel__expert": 2, "parallel__pipeline": 2}, 4, [0, 3]),
@@ -168,6 +179,7 @@ def test_operations_equal_those_counted_in_the_reference_model(settings_of):
         ("small", {"model__layer_pattern": "M-M", "model__mamba_version": 1, "model__mamba_state_dim": 16}),
         ("small", {"model__layer_pattern": "M*-", "model__activation": "swiglu", "model__tie_embeddings": True}),
         ("small", {"model__layer_pattern": "M*-/M*"}),
+        ("small", {"model__layer_pattern": "M+G-", **LATENT}),
     ],
 )
 def test_products_with_weights_equal_those_counted(settings_of, name, changes):

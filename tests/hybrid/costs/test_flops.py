@@ -85,6 +85,21 @@ def test_equal_to_upstream_where_the_inner_width_is_twice_the_hidden_size(settin
     assert counted.total - 3 * beyond == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_gated_delta_net_is_upstreams_without_its_convolution(settings_of):
+    settings = settings_of("small", model__layer_pattern="M*-G", model__activation="swiglu")
+    convolution = 3 * 2 * 4 * (2 * 16 * 128 + 32 * 128)  # width 4, queries and keys, values; forward and backward
+    expected = upstream(settings, batch=2) / (2 * settings.data.sequence_length)
+    assert flops.per_token(settings).total + convolution == pytest.approx(expected, rel=1e-12)
+
+
+def test_sparse_attention_scores_all_positions_and_attends_to_few(settings_of):
+    model = settings_of("small", model__layer_pattern="D").model
+    index, latent = 64 * 128, model.num_attention_heads * 2 * (2 * 512 + 64)
+    assert flops.core(model, "D", 1000) == 1000 * index + 500 * latent  # all may be chosen: half of them are earlier
+    # Of 8192 positions the first 2048 see 1024 on average, the others 2048.
+    assert flops.core(model, "D", 8192) == 8192 * index + (2048 * 1024 + 6144 * 2048) / 8192 * latent
+
+
 def test_the_inner_width_is_heads_times_head_width(settings_of):
     """Nemotron-H 56B has 256 heads of 64 on 8192; with 128 of them its Mamba layers cost about half."""
     full = flops.layer(settings_of("nemotron_h_56b").model, "M", 8192)

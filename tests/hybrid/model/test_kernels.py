@@ -7,7 +7,7 @@ import pytest
 
 from hybrid.errors import ConfigError
 from hybrid.model import kernels
-from hybrid.model.kernels import CAUSAL_CONV1D, MAMBA_SSM, PACKAGES, TRANSFORMER_ENGINE, Machine
+from hybrid.model.kernels import CAUSAL_CONV1D, FLA, MAMBA_SSM, PACKAGES, TRANSFORMER_ENGINE, Machine
 from tests import toy
 
 
@@ -50,6 +50,18 @@ def test_reference_and_a_machine_without_a_gpu_take_none() -> None:
             "model.kernels",
             f"is 'fused', but causal-conv1d is 1.2, older than 1.5; {CAUSAL_CONV1D.install}",
         ),
+        (
+            {"model": {"kernels": "fused", "layer_pattern": "G"}},
+            machine(fla_core="is 0.6.0, not below 0.6"),
+            "model.kernels",
+            f"is 'fused', but fla-core is 0.6.0, not below 0.6; {FLA.install}",
+        ),
+        (
+            {"model": {"layer_pattern": "G"}, "data": {"source": "sft"}},
+            machine(fla_core="is not installed"),
+            "data.source",
+            f"on CUDA ({FLA.install}); here they are PyTorch, for fla-core is not installed",
+        ),
         ({"model": {"kernels": "fused"}}, machine(gpu=None), "model.kernels", "there is no CUDA device; set it to"),
         (
             {"trainer": {"precision": "fp8_delayed"}},
@@ -79,10 +91,17 @@ def test_what_is_missing_is_named_with_the_way_out(
     assert problem.place == place and says in problem.message
 
 
+def test_a_package_that_no_layer_needs_is_not_asked_for(tmp_path: Path) -> None:
+    wanted = toy.settings(tmp_path, model={"kernels": "fused"})
+    assert kernels.check(wanted, machine(fla_core="is not installed")) == []
+
+
 def test_all_that_is_missing_comes_at_once(tmp_path: Path) -> None:
-    wanted = toy.settings(tmp_path, model={"kernels": "fused"}, optimizer={"precision_aware": True})
+    wanted = toy.settings(
+        tmp_path, model={"kernels": "fused", "layer_pattern": "MG"}, optimizer={"precision_aware": True}
+    )
     nothing = machine(**{package.name.replace("-", "_"): "is not installed" for package in PACKAGES})
-    assert len(kernels.check(wanted, nothing)) == 4
+    assert len(kernels.check(wanted, nothing)) == 5
 
 
 @pytest.mark.skipif("kernels.machine().gpu is not None")

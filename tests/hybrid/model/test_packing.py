@@ -14,6 +14,7 @@ from hybrid.model.build import build_model, transformer_config
 from hybrid.model.packing import Packed, pack
 from hybrid.training.distributed import start, stop
 from tests import toy
+from tests.parity import LATENT, SPARSE
 
 LENGTHS = [5, 1, 23, 40, 3]  # shorter than the convolution, longer than a chunk of the scan (16)
 MODELS: dict[str, dict[str, Any]] = {
@@ -21,6 +22,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "Mamba-1": {"layer_pattern": "M*-M", "mamba_version": 1, "mamba_state_dim": 8},
     "rotary positions": {"layer_pattern": "*-M", "position_embedding": "rope"},
     "learned positions": {"layer_pattern": "*-M", "position_embedding": "learned"},
+    "latent attention": {"layer_pattern": "+-+", **LATENT},
+    "sparse attention": {"layer_pattern": "D-D", **LATENT, **SPARSE},
     # The load-balancing loss is one over all tokens of a forward pass, and so left out.
     "experts": {"layer_pattern": "ME*", "num_experts": 4, "moe_ffn_hidden_size": 32, "moe_aux_loss_coeff": 0.0},
 }

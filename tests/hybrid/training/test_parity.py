@@ -4,8 +4,6 @@
 these are the rows that find most: every kind of layer, and every kind of split.
 """
 
-from pathlib import Path
-
 import pytest
 
 from tests import parity
@@ -13,29 +11,29 @@ from tests import parity
 CASES = {
     "Mamba-2, attention, MLP, MoE, MTP": ["TP2 + SP", "VPP2", "CP2", "EP2"],
     "Mamba-1, attention, MLP": ["TP2", "PP2, uneven", "CP2", "DP2, overlapped", "TP2 x PP2"],
+    "gated delta net, latent and sparse attention, MLP": ["TP2 + SP", "CP2"],
 }
-# Of the second, those whose checkpoints differ in what a rank holds.
-RESHARDED = {**CASES, "Mamba-1, attention, MLP": ["PP2, uneven", "TP2 x PP2"]}
+# Those whose checkpoints differ in what a rank holds.
+RESHARDED = {
+    **CASES,
+    "Mamba-1, attention, MLP": ["PP2, uneven", "TP2 x PP2"],
+    "gated delta net, latent and sparse attention, MLP": ["TP2 + SP"],
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("parity")
-
-
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> list[parity.Row]:
-    return parity.train(folder, CASES)
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[parity.Row], list[tuple[str, str, str]]]:
+    return parity.compare(tmp_path_factory.mktemp("parity"), CASES, RESHARDED)
 
 
 @pytest.mark.parametrize(("model", "layout"), [(model, layout) for model in CASES for layout in CASES[model]])
-def test_a_layout_trains_as_one_process_does(rows: list[parity.Row], model: str, layout: str) -> None:
-    (row,) = (row for row in rows if (row.model, row.layout) == (model, layout))
+def test_a_layout_trains_as_one_process_does(compared, model: str, layout: str) -> None:
+    (row,) = (row for row in compared[0] if (row.model, row.layout) == (model, layout))
     assert 0 < row.rounding.loss < 1e-3 and 0 < row.rounding.grad_norm < 1e-2
     assert row.holds, row
 
 
-def test_the_checkpoint_of_each_layout_loads_into_every_other_bit_for_bit(folder: Path, rows: list[parity.Row]) -> None:
-    assert parity.reshard(folder, RESHARDED) == []
+def test_the_checkpoint_of_each_layout_loads_into_every_other_bit_for_bit(compared) -> None:
+    assert compared[1] == []
