@@ -143,6 +143,11 @@ def _mamba1(settings: Settings) -> Iterator[Problem]:
     inner = model.mamba_inner_size
     if inner % (tensor * context):
         near = sizes_that(lambda size: inner % (size * context) == 0, tensor, "parallel.tensor")
+        if not near:
+            near = sizes_that(lambda size: inner % (size * tensor) == 0, context, "parallel.context")
+        if not near:
+            near = sizes_that(lambda size: inner % size == 0, tensor, "parallel.tensor")
+            near += sizes_that(lambda size: inner % size == 0, context, "parallel.context").replace("; or set", " and")
         yield Problem(
             "model.mamba_expand",
             f"is {model.mamba_expand}: mamba_expand x model.hidden_size is {inner}, no multiple of parallel.tensor x "
@@ -185,11 +190,12 @@ def _experts(settings: Settings, moe_layers: int) -> Iterator[Problem]:
         yield Problem(
             "model.num_experts", f"is not set, but the layer pattern has {moe_layers} 'E'; set it, for example to 8"
         )
-        return
-    near = sizes_that(lambda size: experts % size == 0, parallel.expert, "parallel.expert")
-    yield from multiple_of("model.num_experts", experts, parallel.expert, f"parallel.expert ({parallel.expert})", near)
-    if model.moe_top_k > experts:
-        yield Problem("model.moe_top_k", f"is {model.moe_top_k}, more than model.num_experts ({experts})")
+    else:
+        near = sizes_that(lambda size: experts % size == 0, parallel.expert, "parallel.expert")
+        what = f"parallel.expert ({parallel.expert})"
+        yield from multiple_of("model.num_experts", experts, parallel.expert, what, near)
+        if model.moe_top_k > experts:
+            yield Problem("model.moe_top_k", f"is {model.moe_top_k}, more than model.num_experts ({experts})")
     if model.moe_top_k == 1 and model.moe_router_score == "softmax":
         yield Problem(
             "model.moe_top_k",
@@ -216,38 +222,50 @@ def _experts(settings: Settings, moe_layers: int) -> Iterator[Problem]:
 
 
 def fp8(settings: Settings, pattern: Pattern) -> Iterator[Problem]:
-    """Both sides of every weight on a rank, and the tokens, must be multiples of 16 (transformer-engine)."""
+    """Both sides of every weight on a rank, and the tokens, must be multiples of 16 (transformer-engine).
+
+    What the ranks cannot share equally is another rule's to say.
+    """
     model, parallel = settings.model, settings.parallel
-    tensor, counts = parallel.tensor, pattern.counts()
-    sides: dict[str, tuple[str, int]] = {"hidden size": ("model.hidden_size", model.hidden_size)}
+    counts = pattern.counts()
+    whole: dict[str, tuple[str, int]] = {"hidden size": ("model.hidden_size", model.hidden_size)}
+    cut: dict[str, tuple[str, int]] = {}
     if counts["*"]:
         width = (model.num_attention_heads + 2 * model.query_groups) * model.head_dim
-        sides["query-key-value width / tensor"] = ("model.num_query_groups", width // tensor)
+        cut["query-key-value width"] = ("model.num_query_groups", width)
         heads = model.num_attention_heads * model.head_dim
-        sides["attention heads x head width / tensor"] = ("model.num_attention_heads", heads // tensor)
+        cut["attention heads x head width"] = ("model.num_attention_heads", heads)
     if counts["M"]:
         inner = model.mamba_inner_size
-        sides["inner Mamba width / tensor"] = ("model.mamba_num_heads", inner // tensor)
+        cut["inner Mamba width"] = ("model.mamba_num_heads", inner)
         if model.mamba_version == 2:
             width = 2 * inner + 2 * model.mamba_num_groups * model.mamba_state_dim + model.mamba_heads
-            what = "(2 x heads x head width + 2 x groups x state + heads) / tensor"
-            sides[what] = ("model.mamba_num_heads", width // tensor)
+            what = "(2 x heads x head width + 2 x groups x state + heads)"
+            cut[what] = ("model.mamba_num_heads", width)
         else:
             what = "time-step rank + 2 x state"
-            sides[what] = ("model.mamba_dt_rank", model.dt_rank + 2 * model.mamba_state_dim)
+            whole[what] = ("model.mamba_dt_rank", model.dt_rank + 2 * model.mamba_state_dim)
     if counts["-"]:
-        sides["MLP width / tensor"] = ("model.ffn_hidden_size", model.ffn_size // tensor)
+        cut["MLP width"] = ("model.ffn_hidden_size", model.ffn_size)
     if pattern.mtp:
-        sides["MTP projection / tensor"] = ("model.hidden_size", model.hidden_size // tensor)
+        cut["MTP projection"] = ("model.hidden_size", model.hidden_size)
     if counts["E"]:
-        sides["expert width / tensor"] = ("model.moe_ffn_hidden_size", model.moe_ffn_size // tensor)
+        cut["expert width"] = ("model.moe_ffn_hidden_size", model.moe_ffn_size)
         if model.moe_shared_expert_size:
-            width = model.moe_shared_expert_size // tensor
-            sides["shared expert width / tensor"] = ("model.moe_shared_expert_size", width)
-    sides |= variant_checks.fp8_sides(settings, pattern)
-    ranks = parallel.context * (tensor if parallel.sequence else 1)
-    tokens = settings.trainer.micro_batch_size * settings.data.sequence_length // ranks
-    sides["tokens of a micro batch on a rank"] = ("trainer.micro_batch_size", tokens)
+            cut["shared expert width"] = ("model.moe_shared_expert_size", model.moe_shared_expert_size)
+    for symbol in "+DG":
+        if counts[symbol]:
+            whole |= variant_checks.fp8_whole(settings, symbol)
+            cut |= variant_checks.fp8_cut(settings, symbol)
+    sides = whole | {
+        f"{what} / tensor": (place, width // parallel.tensor)
+        for what, (place, width) in cut.items()
+        if width % parallel.tensor == 0
+    }
+    ranks = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    tokens = settings.trainer.micro_batch_size * settings.data.sequence_length
+    if tokens % ranks == 0:
+        sides["tokens of a micro batch on a rank"] = ("trainer.micro_batch_size", tokens // ranks)
     for what, (place, width) in sides.items():
         if width % FP8_MULTIPLE:
             below, above = width // FP8_MULTIPLE * FP8_MULTIPLE, (width // FP8_MULTIPLE + 1) * FP8_MULTIPLE

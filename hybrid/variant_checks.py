@@ -28,35 +28,39 @@ def layers(settings: Settings, pattern: Pattern) -> Iterator[Problem]:
         )
 
 
-def fp8_sides(settings: Settings, pattern: Pattern) -> dict[str, tuple[str, int]]:
-    """The sides of these layers' weights on a rank: what each is, the field that makes it, and how wide it is."""
-    model, tensor, counts = settings.model, settings.parallel.tensor, pattern.counts()
-    heads = model.num_attention_heads // tensor
-    sides: dict[str, tuple[str, int]] = {}
-    if counts["+"] or counts["D"]:
-        sides |= {
-            "query rank": ("model.mla_query_rank", model.mla_query_rank),
-            "key-value rank": ("model.mla_kv_rank", model.mla_kv_rank),
-            "key-value rank + rotated width": ("model.mla_rope_head_dim", model.mla_kv_rank + model.mla_rope_head_dim),
-            "query heads x width / tensor": ("model.mla_head_dim", heads * model.mla_query_head_dim),
-            "key-value heads x width / tensor": (
-                "model.mla_value_head_dim",
-                heads * (model.mla_head_dim + model.mla_value_head_dim),
-            ),
-            "value heads x width / tensor": ("model.mla_value_head_dim", heads * model.mla_value_head_dim),
-        }
-    if counts["D"]:
+def fp8_whole(settings: Settings, symbol: str) -> dict[str, tuple[str, int]]:
+    """Sides of a layer's weights that every rank has whole: what each is, the field that makes it, how wide it is."""
+    model = settings.model
+    if symbol == "G":
+        return {}
+    sides = {
+        "query rank": ("model.mla_query_rank", model.mla_query_rank),
+        "key-value rank": ("model.mla_kv_rank", model.mla_kv_rank),
+        "key-value rank + rotated width": ("model.mla_rope_head_dim", model.mla_kv_rank + model.mla_rope_head_dim),
+    }
+    if symbol == "D":
         sides |= {
             "indexer heads x width": ("model.dsa_index_head_dim", model.dsa_index_heads * model.dsa_index_head_dim),
             "indexer key width": ("model.dsa_index_head_dim", model.dsa_index_head_dim),
             "indexer heads": ("model.dsa_index_heads", model.dsa_index_heads),
         }
-    if counts["G"]:
-        sides |= {
-            "delta net's projection / tensor": ("model.gdn_num_value_heads", model.gdn_projected // tensor),
-            "delta net's values / tensor": ("model.gdn_value_head_dim", model.gdn_value_size // tensor),
-        }
     return sides
+
+
+def fp8_cut(settings: Settings, symbol: str) -> dict[str, tuple[str, int]]:
+    """The same for sides that are cut over tensor-parallel ranks."""
+    model, heads = settings.model, settings.model.num_attention_heads
+    if symbol == "G":
+        return {
+            "delta net's projection": ("model.gdn_num_value_heads", model.gdn_projected),
+            "delta net's values": ("model.gdn_value_head_dim", model.gdn_value_size),
+        }
+    both = model.mla_head_dim + model.mla_value_head_dim
+    return {
+        "query heads x width": ("model.mla_head_dim", heads * model.mla_query_head_dim),
+        "key-value heads x width": ("model.mla_value_head_dim", heads * both),
+        "value heads x width": ("model.mla_value_head_dim", heads * model.mla_value_head_dim),
+    }
 
 
 def _latent(settings: Settings) -> Iterator[Problem]:

@@ -109,6 +109,12 @@ def test_right_settings_have_no_problem():
             "model.mamba_expand",
             "is 72, no multiple of parallel.tensor x parallel.context (4 x 4); or set parallel.tensor to 1, 2, 3 or 6",
         ),
+        (
+            {"model__mamba_version": 1, "parallel__tensor": 5, "parallel__context": 3, "data__sequence_length": 60},
+            None,
+            "model.mamba_expand",
+            "(5 x 3); or set parallel.tensor to 1, 2, 4 or 8 and parallel.context to 1, 2, 4 or 8",
+        ),
         # MLP, MoE, MTP
         ({"model__ffn_hidden_size": 90, "parallel__tensor": 4}, None, "model.ffn_hidden_size", "nearest: 88 or 92"),
         ({"model__layer_pattern": "M*E"}, None, "model.num_experts", "is not set, but the layer pattern has 1 'E'"),
@@ -374,6 +380,15 @@ def test_all_problems_come_at_once():
     with pytest.raises(ConfigError) as caught:
         require(wrong)
     assert len(caught.value.problems) == 4
+
+
+def test_rules_that_do_not_depend_on_each_other_do_not_hide_each_other():
+    """A missing number of experts, and what else is wrong with them; FP8 says nothing of what ranks cannot share."""
+    split = {"parallel__tensor": 2, "model__add_linear_bias": True}
+    problems = check(settings(model__layer_pattern="ME", **split))
+    assert {it.place for it in problems} == {"model.num_experts", "model.add_linear_bias", "parallel.sequence"}
+    problems = check(settings(parallel__tensor=3, trainer__precision="fp8_current"))
+    assert problems and not any("FP8" in it.message for it in problems)
 
 
 def test_segments_without_pipeline_parallelism_are_fine():
