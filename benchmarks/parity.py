@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests import parity  # noqa: E402
 
-USUAL = ("TP2", "TP2 + SP", "PP2", "PP2, uneven", "VPP2", "CP2", "DP2", "TP2 x PP2", "DP2 x TP2")
+USUAL = ("TP2", "TP2 + SP", "PP2", "PP2, uneven", "VPP2", "CP2", "DP2", "TP2 x PP2", "DP2 x TP2", "TP2 + SP x PP2")
 
 
 def layouts(model: str) -> list[str]:

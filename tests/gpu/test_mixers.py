@@ -13,6 +13,23 @@ from tests.gpu.runs import SIZES
 from tests.hybrid.model.test_mamba1 import test_logits_and_gradients_are_those_of_transformers as test_mamba1_models
 from tests.hybrid.model.test_mamba2 import test_logits_and_gradients_are_those_of_transformers as test_mamba2_models
 
+LATENT = {
+    "mla_query_rank": 64,
+    "mla_kv_rank": 64,
+    "mla_head_dim": 24,
+    "mla_rope_head_dim": 8,
+    "mla_value_head_dim": 32,
+    "dsa_index_heads": 16,
+    "dsa_index_head_dim": 16,
+}
+DELTA = {
+    "activation": "swiglu",
+    "gdn_num_key_heads": 4,
+    "gdn_num_value_heads": 8,
+    "gdn_key_head_dim": 32,
+    "gdn_value_head_dim": 32,
+}
+
 pytestmark = pytest.mark.gpu
 __all__ = ["test_mamba1_models", "test_mamba2_models"]
 
@@ -79,6 +96,22 @@ def test_fused_and_reference_keep_packed_sequences_apart(tmp_path: Path, alone: 
     packed = Packed.of(lengths, "cuda")
     tokens = torch.randint(257, (1, 100), device="cuda")
     _compare(tmp_path, "bf16", tokens, positions, packed, mamba_version=version)
+
+
+@pytest.mark.parametrize(("pattern", "precision"), [("+-+", "fp32"), ("+-+", "bf16"), ("D-D", "fp32")])
+def test_latent_attention_of_either_backend_is_one_model(
+    tmp_path: Path, alone: None, pattern: str, precision: str
+) -> None:
+    """The indexer may choose every position, so that none hangs on the last bits of a score."""
+    tokens, positions = torch.randint(257, (2, 100), device="cuda"), torch.arange(100, device="cuda").expand(2, -1)
+    _compare(tmp_path, precision, tokens, positions, layer_pattern=pattern, **LATENT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gated_delta_net_of_either_kernel_is_one_model(tmp_path: Path, alone: None, precision: str) -> None:
+    pytest.importorskip("fla.modules.convolution", reason="fla-core below 0.6 is not here")
+    tokens, positions = torch.randint(257, (2, 100), device="cuda"), torch.arange(100, device="cuda").expand(2, -1)
+    _compare(tmp_path, precision, tokens, positions, layer_pattern="G-G", **DELTA)
 
 
 def _compare(
