@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid.config import ModelConfig, Settings
 from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.pattern import CONVERTED
 from hybrid.training import folder
 from recipes.settle import settings
 
@@ -144,8 +145,17 @@ def export(built: Settings) -> None:
 
 
 def _source(built: Settings) -> "Checkpoint | None":
-    """What the run starts from, opened; None if that is nothing, or a checkpoint of its own."""
-    opened = None if folder.latest_step(_run(built) / folder.CHECKPOINTS) is not None else _origin(built)
+    """What the run starts from, opened; None if that is nothing, or a checkpoint of its own.
+
+    None, too, if the model has layers that the converters do not know: training reads checkpoints of this project, and
+    compares models, itself.
+    """
+    goes_on = folder.latest_step(_run(built) / folder.CHECKPOINTS) is not None
+    if set(built.model.pattern.layers + built.model.pattern.mtp) - set(CONVERTED):
+        if built.checkpoint.load and not goes_on:
+            folder.find_checkpoint(built.checkpoint.load, built.folder)
+        return None
+    opened = None if goes_on else _origin(built)
     if opened is None:
         return None
     opened.require_complete()

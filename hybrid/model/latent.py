@@ -30,7 +30,8 @@ class CopiedLinear(nn.Module):
         device = torch.cuda.current_device()
         self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
         if config.perform_initialization:
-            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            tracker: Any = get_cuda_rng_tracker()
+            with tracker.fork(get_data_parallel_rng_tracker_name()):
                 init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

@@ -1,5 +1,6 @@
 """Runs that start from weights of other formats and leave some behind."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from converters import convert, summary
 from hybrid.data.tokenizer import ByteTokenizer, load_tokenizer
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, UserError
 from recipes import apply, finetune, launch, local, tiny, weights
 from recipes.settle import settings
 
@@ -51,6 +52,25 @@ def test_a_run_exports_at_its_end(trained: Path) -> None:
     opened = convert.open_checkpoint(trained / "first-hf")
     assert opened.format == "hf" and opened.family == "nemotron_h"
     assert same(trained / "first", trained / "first-hf")
+
+
+@pytest.mark.slow
+def test_layers_that_only_training_knows(tmp_path: Path) -> None:
+    """A run starts from weights of such a model; whatever else would read them says that it does not know them."""
+    pattern = ["model.layer_pattern=M+D", "model.mla_query_rank=16", "model.mla_kv_rank=16"]
+    launch(small(tmp_path, *pattern, "name=first"))
+    launch(small(tmp_path, *pattern, *STILL, "name=second", "checkpoint=first"))
+    before, after = (
+        json.loads(line)["loss"]
+        for name in ("first", "second")
+        for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
+    )
+    assert before != after
+    with pytest.raises(UserError, match=r"decoder.layers.1 is latent .* generation know Mamba, attention, MLP and MoE"):
+        convert.open_checkpoint(tmp_path / "first")
+    with pytest.raises(ConfigError, match=r"model.layer_pattern: is 'M\+', but the checkpoint"):
+        launch(small(tmp_path, "model.layer_pattern=M+", "name=third", "checkpoint=first"))
 
 
 @pytest.mark.parametrize("form", ["hf", "megatron"])
