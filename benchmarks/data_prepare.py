@@ -185,13 +185,13 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|")
         for kind, (path, options) in tokenizers.items():
-            tiny, large = [], []
-            for _ in range(arguments.repeats):
-                tiny.append(measure(arguments.megatron, f"{folder}/tiny", 1, arguments.workers, path, options))
-                large.append(
+            start = measure(arguments.megatron, f"{folder}/tiny", 1, arguments.workers, path, options)
+            whole = median(
+                [
                     measure(arguments.megatron, f"{folder}/large", len(texts), arguments.workers, path, options)
-                )
-            start, whole = median(tiny), median(large)
+                    for _ in range(arguments.repeats)
+                ]
+            )
             cpu = (whole["their cpu"] - start["their cpu"]) / (whole["our cpu"] - start["our cpu"])
             tokens = int(whole["tokens"])
             print(

@@ -54,13 +54,19 @@ def _word_encoder(backend: Any, parts: dict[str, Any]) -> Callable[[Sequence[str
     special = re.compile("|".join([*written_out, others])).search
     before, after = special_tokens_around(backend)
     tokenize, letters = backend.model.tokenize, _byte_letters()
-    words: dict[np.dtype, _Words] = {}
+    words: dict[np.dtype, Words] = {}
 
-    def encode_word(word: str) -> list[int]:
-        return [token.id for token in tokenize("".join([letters[byte] for byte in word.encode()]))]
+    def remember(dtype: np.dtype) -> Words:
+        def encode_word(word: str) -> bytes:
+            ids = [token.id for token in tokenize("".join([letters[byte] for byte in word.encode()]))]
+            return np.array(ids, dtype).tobytes()
+
+        return Words(encode_word)
 
     def encode_texts(texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
-        known = words.setdefault(dtype, _Words(encode_word, dtype))
+        if dtype not in words:
+            words[dtype] = remember(dtype)
+        known = words[dtype]
         start, end = (np.array(ids, dtype).tobytes() for ids in (before, after))
         result: list[np.ndarray] = []
         for text in texts:
@@ -77,14 +83,14 @@ def _word_encoder(backend: Any, parts: dict[str, Any]) -> Callable[[Sequence[str
     return encode_texts
 
 
-class _Words(dict[str, bytes]):
-    """Words and their ids, as bytes of `dtype`."""
+class Words(dict[str, bytes]):
+    """Words and their ids, as the bytes they are stored as; `encode` gives those of a word that is not there."""
 
-    def __init__(self, encode: Callable[[str], list[int]], dtype: np.dtype):
-        self._encode, self._dtype = encode, dtype
+    def __init__(self, encode: Callable[[str], bytes]):
+        self._encode = encode
 
     def __missing__(self, word: str) -> bytes:
-        ids = np.array(self._encode(word), self._dtype).tobytes()
+        ids = self._encode(word)
         if len(word) <= _LONGEST_REMEMBERED and len(self) < _MOST_REMEMBERED:
             self[word] = ids
         return ids

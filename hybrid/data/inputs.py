@@ -35,6 +35,8 @@ class InputFile:
 class BadDocument(UserError):
     """A document that cannot be read: file, line or row, and why."""
 
+    exit_code = 2  # the input is wrong, as it is when a file is missing
+
     def __init__(self, path: Path, where: str, reason: str):
         super().__init__(path, where, reason)
 
@@ -217,8 +219,11 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except UnicodeDecodeError as error:
         raise ValueError("this is not UTF-8 text") from error
-    except ValueError as error:
-        raise ValueError(f"this is not JSON ({error})") from error
+    except json.JSONDecodeError as error:
+        at = min(error.pos, len(error.doc.rstrip())) + 1  # the end of the line rather than the line after
+        raise ValueError(f"this is not JSON ({error.msg}, at character {at})") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
+        raise ValueError(f"this is not JSON that can be read ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"this is a JSON {type(record).__name__}, not an object with keys")
     return record

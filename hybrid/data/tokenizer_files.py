@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from hybrid.data import sentencepiece_words
 from hybrid.data.bytelevel import special_tokens_around, word_encoder
 from hybrid.data.chat_template import ChatTemplate, find_template
+from hybrid.data.sentencepiece_words import SPACE
 from hybrid.data.tokenizer import StreamDecoder, write_manifest
 
 # Rust's thread pool does not survive a fork, and the workers of a preparation use all cores as it is.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-_SPACE = "\u2581"  # how SentencePiece writes a space
-
+# Getting ready to go by words takes a tenth of a second or two: not for a prompt.
 _MANY_CHARACTERS = 1 << 16
 
 # What transformers may read in a tokenizer's folder.
@@ -146,13 +147,17 @@ def load_sentencepiece(spec: str, path: Path) -> FileTokenizer:
     if processor.eos_id() < 0:
         raise ValueError("the SentencePiece model has no end-of-sentence piece, which ends documents")
 
+    by_words = cache(lambda: sentencepiece_words.word_encoder(processor))
+
     def encode_texts(texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
+        if sum(map(len, texts)) > _MANY_CHARACTERS and (encode := by_words()):
+            return encode(texts, dtype)
         return [np.array(ids, dtype) for ids in processor.encode(list(texts), num_threads=1)]
 
     def token_bytes() -> np.ndarray:
         ids = range(processor.get_piece_size())
         special = [processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i) for i in ids]
-        sizes = [1 if processor.is_byte(i) else _utf8_size(processor.id_to_piece(i).replace(_SPACE, " ")) for i in ids]
+        sizes = [1 if processor.is_byte(i) else _utf8_size(processor.id_to_piece(i).replace(SPACE, " ")) for i in ids]
         return np.where(special, 0, sizes).astype(np.int64)
 
     def encode_parts(texts: Sequence[str]) -> list[list[int]]:
@@ -283,7 +288,6 @@ def _with_backend(
     by_words = cache(lambda: word_encoder(backend))
 
     def encode_texts(texts: Sequence[str], dtype: np.dtype) -> list[np.ndarray]:
-        # Getting ready to go by words takes a tenth of a second: not for a prompt.
         if sum(map(len, texts)) > _MANY_CHARACTERS and (encode := by_words()):
             return encode(texts, dtype)
         return [np.array(encoding.ids, dtype) for encoding in backend.encode_batch_fast(list(texts))]
@@ -297,7 +301,7 @@ def _with_backend(
             elif len(token) == 6 and token.startswith("<0x"):
                 sizes[i] = 1
             else:
-                sizes[i] = _utf8_size(token.replace(_SPACE, " "))
+                sizes[i] = _utf8_size(token.replace(SPACE, " "))
         for i, token in backend.get_added_tokens_decoder().items():
             sizes[i] = 0 if token.special else _utf8_size(token.content)
         return sizes

@@ -37,7 +37,7 @@ def test_prepare_says_what_it_wrote(tmp_path, lines, capsys):
     ("change", "code", "message"),
     [
         ({"--tokenizer": "bytes"}, 2, "--tokenizer: there is no tokenizer 'bytes'"),
-        ({"--key": "text"}, 1, "lines.jsonl', line 1: there is no key 'text' (keys: 'body')"),
+        ({"--key": "text"}, 2, "lines.jsonl', line 1: there is no key 'text' (keys: 'body')"),
         ({"--output": "lines.jsonl/out"}, 1, "cannot write to"),
     ],
 )

@@ -79,7 +79,8 @@ def test_a_text_file_is_one_document_and_a_folder_all_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', "this is not JSON"),
+        (b'{"text": "a"', r"this is not JSON \(Expecting ',' delimiter, at character 13\)"),
+        (b"[" * 100_000, "this is not JSON that can be read"),
         (b'["text"]', "this is a JSON list, not an object with keys"),
         (b'{"texts": "a", "id": 1}', r"no key 'text', did you mean 'texts'\? \(keys: 'texts', 'id'\)"),
         (b'{"text": 3}', "'text' is 3, not a text"),
