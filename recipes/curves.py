@@ -99,7 +99,7 @@ def _figure(runs: Sequence[Curves]) -> Any:
                 continue
             color = f"C{number % 10}"
             steps, values = _thin(*run.metrics[metric])
-            smooth = _smooth(values)
+            smooth = values if metric == "lr" else _smooth(values)  # it has no noise, and a warm-up that would be bent
             if smooth is not values:
                 axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(steps, smooth, color=color, linewidth=1.6, label=run.name)

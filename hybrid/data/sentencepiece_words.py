@@ -1,8 +1,8 @@
 """SentencePiece's BPE word by word, each different word encoded once.
 
 Most words of a text have been there before. The library goes through the merges of each again; here it is asked once
-about each word, and a new word that is ASCII is put together from runs of letters and of other characters that are known
-already. The outcome is the same, id for id, because
+about each word, and a new word that is ASCII is put together from runs of letters and of other characters that are
+known already. The outcome is the same, id for id, because
 
 - a merge makes a piece of the vocabulary, and no piece goes on from another character into a space, or in ASCII from a
   letter into something else or back (SentencePiece's trainer sees to that, and it is looked up): what happens on one

@@ -44,6 +44,16 @@ def test_a_png_holds_several_runs(run: Path, tmp_path: Path) -> None:
     assert struct.unpack(">II", data[16:24]) == (1950, 1200)
 
 
+def test_noise_is_smoothed_and_the_learning_rate_left_as_it_is() -> None:
+    noisy = [1.0 + step % 2 for step in range(200)]
+    warm_up = [min(step / 10, 1.0) for step in range(200)]
+    steps = list(range(200))
+    run = curves.Curves("run", {"loss": (steps, noisy), "lr": (steps, warm_up)})
+    loss, _, rate, _ = curves._figure([run]).axes
+    assert all(abs(value - 1.5) < 0.2 for value in loss.lines[-1].get_ydata())
+    assert list(rate.lines[-1].get_ydata()) == warm_up
+
+
 def test_a_page_needs_nothing_but_itself(run: Path, tmp_path: Path) -> None:
     curves.draw([curves.read(run)], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
