@@ -35,7 +35,9 @@ class Profiling:
         said = []
         if self._profiler is not None and step == self._trainer.profile[1]:
             said.append(self._write_profile())
-        if step == self._trainer.memory_snapshot and torch.cuda.is_available():
+        if step == self._trainer.memory_snapshot and not torch.cuda.is_available():
+            said.append("trainer.memory_snapshot is passed over: there is no GPU here whose memory it could show")
+        elif step == self._trainer.memory_snapshot:
             path = self._file(f"memory_rank{self._world.rank}.pickle")
             torch.cuda.memory._dump_snapshot(str(path))
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.config import Settings
 from hybrid.costs import flops
@@ -24,7 +25,7 @@ _PHASES = ("data", "forward_backward", "optimizer", "other")
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A run of six steps with a validation and saves, that TensorBoard and the profiler watch."""
-    trainer = {"eval_interval": 3, "log_to": ["tensorboard"], "profile": [3, 4]}
+    trainer = {"eval_interval": 3, "log_to": ["tensorboard"], "profile": [3, 4], "memory_snapshot": 5}
     run = toy.settings(tmp_path_factory.mktemp("seeing"), "watched", steps=6, trainer=trainer)
     train(run)
     return run
@@ -73,6 +74,12 @@ def test_the_profile_is_a_trace_of_the_steps_that_were_asked_for(watched: Settin
     assert any("aten::" in name for name in names)
     assert sum(name.startswith("Optimizer.step#") for name in names) == 2
     assert "the profile of steps 3 to 4 is in" in (Path(watched.folder) / "watched/log.txt").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is a snapshot")
+def test_a_snapshot_of_a_gpu_that_is_not_there_is_passed_over_and_said(watched: Settings) -> None:
+    said = (Path(watched.folder) / "watched/log.txt").read_text()
+    assert "trainer.memory_snapshot is passed over: there is no GPU here" in said
 
 
 def test_a_start_is_recorded_with_versions_machine_and_git(watched: Settings) -> None:
