@@ -1,5 +1,6 @@
 """What can be wrong with a submission, found before it is sent: the executor's values, and the cluster as it is."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ def values(executor: Slurm) -> Iterator[Problem]:
         yield Problem("executor.gpu", message, f"GPUs with figures: {', '.join(GPUS)}")
     if executor.folder and not executor.ssh:
         yield Problem("executor.folder", "is for a cluster reached by SSH; here, change into the folder instead")
+    if executor.identity and not os.path.isfile(os.path.expanduser(executor.identity)):
+        yield Problem("executor.identity", f"there is no file '{executor.identity}' on this machine")
     if executor.mounts and not executor.container:
         yield Problem("executor.mounts", "are of a container, and executor.container names none")
     for mount in executor.mounts:

@@ -58,7 +58,8 @@ def launch(
             return 0
         record = records.read(member.folder)
         assert record
-        print(f"{record.name} is sent as job {', '.join(record.ids)}", flush=True)
+        jobs = "job" if len(record.ids) == 1 else "jobs"
+        print(f"{record.name} is sent as {jobs} {', '.join(record.ids)}", flush=True)
         return 0 if detach else until_interrupted(member.folder, watching.follow)
     if repeat > 1:
         raise ConfigError(Problem("--repeat", "chains jobs of a Slurm cluster; here, a run takes the time it takes"))

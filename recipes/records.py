@@ -1,5 +1,6 @@
 """What is remembered of a start, in `RUN/job.json`: enough to come back to it from another shell, later."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ from recipes.nodes import nearest
 
 FILE_NAME = "job.json"
 LOGS = "logs"
+_LONGEST_SOCKET = 88  # unix(7) has 108 bytes; ssh adds 17 while it connects
 SWEEP_FILE = "sweep.json"  # in the folder that is called like a sweep
 
 
@@ -107,8 +109,9 @@ def ssh_command(address: str, identity: str | None) -> list[str]:
     """The words that run a command at [USER@]HOST[:PORT]. It asks for nothing, and stays open for a minute."""
     host, _, port = address.partition(":")
     options = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
-    # One connection for all that is asked while a log is followed; %C keeps the name of the socket short.
-    options += ["-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o", f"ControlPath={_sockets()}/%C"]
+    # One connection for all that is asked while a log is followed.
+    if socket := _socket(address, identity):
+        options += ["-o", "ControlMaster=auto", "-o", "ControlPersist=60", "-o", f"ControlPath={socket}"]
     if port:
         options += ["-p", port]
     if identity:
@@ -116,7 +119,11 @@ def ssh_command(address: str, identity: str | None) -> list[str]:
     return ["ssh", *options, host]
 
 
-def _sockets() -> Path:
+def _socket(address: str, identity: str | None) -> Path | None:
+    """Where the connection to an address with a key is shared; None where the path is too long for a socket."""
     folder = Path.home() / ".cache" / "hybrid-recipes" / "ssh"
+    path = folder / hashlib.sha256(f"{address} {identity}".encode()).hexdigest()[:12]
+    if len(str(path)) > _LONGEST_SOCKET:
+        return None
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return path

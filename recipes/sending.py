@@ -6,9 +6,11 @@ nemo-run 0.11's defects that concern the script are met in `slurm_script`; here 
 - its Slurm executor overwrites what `--output` of srun and sbatch say: `Details` keeps one log a job;
 - `LocalTunnel` looks for scripts where they were not written unless its folder is the experiments' own;
 - `GitArchivePackager` leaves out what is not committed: `Staged` copies the code that is running;
-- it says why sbatch refused a job in a log line, and ends the process when SSH refuses: both are errors here.
+- it says why sbatch refused a job in a log line, and ends the process when SSH refuses: both are errors here;
+- it prints that it connects among what the command prints, and takes the ~ of a key's path for a folder.
 """
 
+import os
 import shutil
 import sys
 import warnings
@@ -44,6 +46,7 @@ with _quickly():
     import nemo_run
     from invoke.exceptions import UnexpectedExit
     from nemo_run.core.execution.slurm import SlurmBatchRequest, SlurmJobDetails
+    from nemo_run.core.frontend.console.api import CONSOLE
 
 
 @dataclass(kw_only=True)
@@ -96,6 +99,7 @@ def send(job: SlurmJob, staged: Path, local_base: Path) -> list[str]:
     `job.base` without SSH.
     """
     first = _executor(job, job.tasks[0], str(staged))
+    quiet, CONSOLE.quiet = CONSOLE.quiet, True
     try:
         with nemo_run.Experiment(
             job.name,
@@ -123,6 +127,8 @@ def send(job: SlurmJob, staged: Path, local_base: Path) -> list[str]:
         raise UserError("\n".join(["the job was not sent:", *said[-5:]])) from None
     except SystemExit:
         raise UserError(f"{job.executor.ssh}: SSH refused; no job was sent") from None
+    finally:
+        CONSOLE.quiet = quiet
 
 
 def _executor(job: SlurmJob, task: str, staged: str) -> nemo_run.SlurmExecutor:
@@ -177,7 +183,8 @@ def _tunnel(job: SlurmJob) -> nemo_run.LocalTunnel | nemo_run.SSHTunnel:
     if not job.executor.ssh:
         return nemo_run.LocalTunnel(job_dir=experiments)
     user, host, port = ssh_address(job.executor.ssh)
-    return nemo_run.SSHTunnel(job_dir=experiments, host=host, user=user, port=port, identity=job.executor.identity)
+    identity = os.path.expanduser(job.executor.identity) if job.executor.identity else None
+    return nemo_run.SSHTunnel(job_dir=experiments, host=host, user=user, port=port, identity=identity)
 
 
 def ssh_address(text: str) -> tuple[str, str, int | None]:

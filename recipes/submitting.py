@@ -1,5 +1,6 @@
 """A run, a chain of jobs or a sweep on a Slurm cluster: checked, staged, sent, remembered."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -141,9 +142,12 @@ def _send(job: SlurmJob, members: Sequence[Member]) -> None:
 
 
 def _clear(job: SlurmJob, here: Path) -> None:
-    """Remove what was written for a job that was not sent, and the folders that were made for it."""
+    """Remove what was written for a job that was not sent, and the folders that were made for it, here and there."""
     sent = f"{job.base.name}/experiments/{job.name}/{job.experiment}"
     shutil.rmtree(here / sent, ignore_errors=True)
+    for folder in (*(here / sent).parents[:3], here):  # with SSH, they are others than the cluster's
+        with contextlib.suppress(OSError):
+            folder.rmdir()
     empty = " ".join(f"{job.run}/{folder}" for folder in (Path(sent).parent, f"{job.base.name}/experiments"))
     script = f"rm -rf {job.run}/{sent}; rmdir {empty} {job.base} {job.logs} {job.run} 2>/dev/null; true"
     records.shell(script, job.executor.ssh, job.executor.identity)

@@ -149,9 +149,11 @@ def cancel(folder: Path) -> str:
     if record is None or found.status not in _LIVE:
         raise UserError(f"{found.name} is not running: {found.status}{f' ({found.detail})' if found.detail else ''}")
     if record.kind == "slurm":
-        if said := records.ask(record, f"scancel {' '.join(record.ids)} 2>&1").decode(errors="replace").strip():
+        ids = [job.identity for job in found.jobs if job.status in _LIVE]
+        if said := records.ask(record, f"scancel {' '.join(ids)} 2>&1").decode(errors="replace").strip():
             raise UserError(said)
-        return f"job {', '.join(record.ids)} is cancelled; a run that has begun saves first"
+        what = f"job {ids[0]} is" if len(ids) == 1 else f"jobs {', '.join(ids)} are"
+        return f"{what} cancelled; a run that has begun saves first"
     if record.kind == "docker":
         records.ask(record, f"{record.command} kill --signal=TERM {record.ids[0]} >/dev/null 2>&1")
         return f"container {record.ids[0]} saves and stops"
