@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine: a controller and two nodes, from Debian's packages, for the tests.
+"""A Slurm cluster on this machine: a controller and three nodes, from Debian's packages, for the tests.
 
     python tests/slurm/cluster.py install              # as root: apt-get install
     python tests/slurm/cluster.py up FOLDER            # prints the line that points Slurm's commands at it
@@ -6,8 +6,9 @@
     python tests/slurm/cluster.py down FOLDER
 
 Everything it writes is in FOLDER, everything it starts ends with `down`. It takes ports that are free, so it disturbs
-no other cluster on this machine. Nodes n1 and n2 have 8 cores and 2 GPUs each, which exist on paper only.
-Jobs in partition `main` yield to those in `urgent`: they are told to stop, have a minute, and are queued again.
+no other cluster on this machine. Nodes n1 and n2 have 4 cores and 2 GPUs each, which exist on paper only. Jobs in the
+partition `spare` yield to those in `main`: they are told to stop, and are queued again. n3 alone is in the partition
+`apart`, for whoever wants to see a node fail.
 """
 
 import argparse
@@ -31,7 +32,7 @@ ACCOUNTING_PACKAGES = ("slurmdbd", "mariadb-server")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 SSH_PROGRAMS = ("sshd", "rsync")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db")
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 
 SLURM_CONF = """\
 ClusterName=hybrid
@@ -40,7 +41,8 @@ SlurmctldPort={controller}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+# A job that is queued again waits as long as this, which is also the time in which a slow machine must start a job.
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 CryptoType=crypto/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -58,23 +60,31 @@ SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
 ReturnToService=2
 MailProg=/bin/true
 MpiDefault=none
-KillWait=20
 MinJobAge=5
 OverTimeLimit=0
+# A machine with much else to do answers late, and that is no failure.
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=300
+KillWait=300
+UnkillableStepTimeout=600
 JobCompType=jobcomp/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=8 RealMemory=4000 Gres=gpu:2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=8 RealMemory=4000 Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
-PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 PreemptMode=OFF
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=4 RealMemory=4000 Gres=gpu:2
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=4 RealMemory=4000 Gres=gpu:2
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={n3} CPUs=4 RealMemory=4000
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=60 PriorityTier=10 PreemptMode=OFF
+PartitionName=spare Nodes=n[1-2] MaxTime=60 PriorityTier=1 PreemptMode=REQUEUE GraceTime=600
+PartitionName=apart Nodes=n3 MaxTime=60 PriorityTier=10 PreemptMode=OFF
 """
 WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none\n"
 WITH_ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort={database_daemon}
+AccountingStoragePass={folder}/munge.socket
 AccountingStorageEnforce=associations
 JobAcctGatherType=jobacct_gather/none
 """
@@ -120,7 +130,11 @@ def install() -> str:
     packages = [*PACKAGES, *SSH_PACKAGES, *ACCOUNTING_PACKAGES, "shellcheck"]
     for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
         done = subprocess.run(
-            ["apt-get", "-q", *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ["apt-get", "-q", "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=30", *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         if done.returncode:
             last = done.stdout.decode(errors="replace").strip().splitlines()[-5:]
@@ -161,9 +175,8 @@ class Cluster:
             self.run("scancel", "--full", "--signal=KILL", "--user", pwd.getpwuid(os.geteuid()).pw_name)
             self.run("scancel", "--user", pwd.getpwuid(os.geteuid()).pw_name)
             self._wait(lambda: not self.run("squeue", "--noheader"), "an empty queue", 15)
-        names = ["slurmctld", *(f"slurmd-{node}" for node in NODES), "slurmdbd", "mariadbd", "munged"]
-        for name in names:
-            _end(self.folder / f"{name}.pid")
+        for names in (["slurmctld", *(f"slurmd-{node}" for node in NODES)], ["slurmdbd"], ["mariadbd", "munged"]):
+            _end([self.folder / f"{name}.pid" for name in names])
         for pid in self._left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -202,7 +215,7 @@ class Cluster:
         for node in NODES:
             (folder / f"spool-{node}").mkdir(exist_ok=True)
             self._daemon("slurmd", "-N", node, "-f", str(folder / "slurm.conf"))
-        self._wait(lambda: set(self.run("sinfo", "--noheader", "-o", "%t").split()) == {"idle"}, "two idle nodes")
+        self._wait(lambda: set(self.run("sinfo", "--noheader", "-o", "%t").split()) == {"idle"}, "idle nodes")
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
@@ -306,23 +319,33 @@ def _program(name: str) -> str:
     return found
 
 
-def _end(pid_file: Path) -> None:
-    """Ask a daemon to end, wait for it, and make it end if it does not."""
-    try:
-        pid = int(pid_file.read_text())
-    except (OSError, ValueError):
-        return
-    for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+def _end(pid_files: list[Path]) -> None:
+    """Ask daemons to end, wait for them, and make those end that do not."""
+    left = {}
+    for path in pid_files:
+        with contextlib.suppress(OSError, ValueError):
+            left[path] = int(path.read_text())
+    for number, seconds in ((signal.SIGTERM, 30.0), (signal.SIGKILL, 10.0)):
+        for pid in left.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-            if not Path(f"/proc/{pid}").exists():
-                pid_file.unlink(missing_ok=True)
-                return
-            time.sleep(0.1)
+        while left and time.monotonic() < end:
+            for path, pid in list(left.items()):
+                if not _lives(pid):
+                    path.unlink(missing_ok=True)
+                    del left[path]
+            time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process does anything yet; one that has ended is there until its parent has noticed."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def main() -> int:
