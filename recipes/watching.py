@@ -33,6 +33,7 @@ _ENDED |= {"TIMEOUT": "stopped"}
 _LIVE = ("queued", "running")
 # 128 + SIGINT, SIGUSR1, SIGTERM: asked to stop (hybrid/training/interrupt.py).
 _STOPPED = (130, 138, 143)
+_BEFORE_ITS_START = f"{128 + signal.SIGTERM} COMPLETING:Cancelled"  # said for a job as it would say it itself
 _LAST_LINES = 20
 # What recipes.worker and recipes.torchrun say; the others fail after the first, where they wait for it.
 _FAILED_RANK = re.compile(r"the last lines of rank |rank \d+ (failed:|on \S+ (died|ended) )")
@@ -150,7 +151,10 @@ def cancel(folder: Path) -> str:
         raise UserError(f"{found.name} is not running: {found.status}{f' ({found.detail})' if found.detail else ''}")
     if record.kind == "slurm":
         ids = [job.identity for job in found.jobs if job.status in _LIVE]
-        if said := records.ask(record, f"scancel {' '.join(ids)} 2>&1").decode(errors="replace").strip():
+        # A job that has not begun leaves no word of its own, and Slurm soon forgets it.
+        waiting = [_ended_path(record, job.identity) for job in found.jobs if job.status == "queued"]
+        words = [f"scancel {' '.join(ids)} 2>&1", *(f"echo {_BEFORE_ITS_START} > {path}" for path in waiting)]
+        if said := records.ask(record, "\n".join(words)).decode(errors="replace").strip():
             raise UserError(said)
         what = f"job {ids[0]} is" if len(ids) == 1 else f"jobs {', '.join(ids)} are"
         return f"{what} cancelled; a run that has begun saves first"
@@ -193,8 +197,12 @@ def _question(record: Record) -> str:
     return "\n".join([*lines, f"echo @log; {logs}"])
 
 
+def _ended_path(record: Record, identity: str) -> str:
+    return shlex.quote(record.ended.replace("%j", identity))
+
+
 def _ended(record: Record, identity: str) -> str:
-    path = shlex.quote(record.ended.replace("%j", identity))
+    path = _ended_path(record, identity)
     return f'[ -e {path} ] && echo "{identity} $(cat {path})"'
 
 
