@@ -42,6 +42,11 @@ def test_two_runs_at_once_on_the_same_nodes_of_which_one_yields_and_goes_on(plac
     assert list(place.losses("undisturbed"))[-1] == STEPS
 
 
+def test_the_same_recipe_here_and_on_a_cluster_by_one_word(place: Place, losses_here: dict[int, float]) -> None:
+    test_two_runs_at_once_on_the_same_nodes_of_which_one_yields_and_goes_on(place)
+    assert place.losses("undisturbed") == losses_here
+
+
 @story
 def test_a_chain_goes_on_where_slurm_stopped_a_job_and_is_cancelled_as_a_whole(place: Place) -> None:
     jobs = place.send("chain", ENDLESS, "executor.warning=180", "--repeat", "2")
@@ -170,11 +175,6 @@ def test_what_slurm_and_the_cluster_refuse_is_passed_on(place: Place, words: lis
     assert done.returncode in (1, 2)
     assert says in done.stderr
     assert not (place.folder / "runs" / "refused").exists()
-
-
-def test_the_same_recipe_here_and_on_a_cluster_by_one_word(place: Place, losses_here: dict[int, float]) -> None:
-    test_two_runs_at_once_on_the_same_nodes_of_which_one_yields_and_goes_on(place)
-    assert place.losses("undisturbed") == losses_here
 
 
 def pause(place: Place, name: str) -> None:
