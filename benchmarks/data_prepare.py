@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", action="append", help="measure this tokenizer alone; may be given several times")
     arguments = parser.parse_args()
     commit = subprocess.run(
         ["git", "-C", str(arguments.megatron), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -185,6 +186,8 @@ def main() -> None:
         )
         print("|---|---|---|---|---|---|---|")
         for kind, (path, options) in tokenizers.items():
+            if arguments.only and kind not in arguments.only:
+                continue
             start = measure(arguments.megatron, f"{folder}/tiny", 1, arguments.workers, path, options)
             whole = median(
                 [

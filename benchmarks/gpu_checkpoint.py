@@ -1,6 +1,6 @@
 """What saving costs a training run, synchronous and asynchronous, and what a step costs beside its computing.
 
-    python benchmarks/gpu_checkpoint.py hybrid_800m --folder DISK      # on one H200; about 7 minutes
+    python benchmarks/gpu_checkpoint.py hybrid_800m --folder DISK      # on one H200; meant to end within 8 minutes
     python benchmarks/gpu_checkpoint.py 'shrink(hybrid_800m)'          # anywhere, to try the script
 
 Needs the kernels (`hybrid doctor`), 64 GiB of GPU memory and 40 GB on the disk of --folder for hybrid_800m. Each kind
