@@ -3,7 +3,8 @@
 runs/NAME/settings.json        what is run
 runs/NAME/starts.jsonl         one line a start: versions, machine, git
 runs/NAME/metrics.jsonl        one line a step
-runs/NAME/log.txt              what was said
+runs/NAME/log.txt              what was said, and why it failed
+runs/NAME/hung_rank0.txt       where the threads of a rank stood that made no progress any more
 runs/NAME/checkpoints/latest_checkpointed_iteration.txt
 runs/NAME/checkpoints/iter_0000100/   torch_dist, with settings.json, versions.json, checksums.json, tokenizer/
 """

@@ -7,6 +7,7 @@ metrics.jsonl has grown large, only every second, fourth, eighth... step of its 
 import json
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,9 @@ class Report:
         for sink in self.sinks:
             sink.close()
         if self.speaks:
+            if isinstance(error, Exception):  # who asks for a stop gets SystemExit, and has been told
+                lines = [str(error)] if isinstance(error, UserError) else traceback.format_exception(error)
+                _keep(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed: {''.join(lines).rstrip()}\n")
             self._metrics.close()
             self._log.close()
 

@@ -1,12 +1,16 @@
 """Ends a process that makes no progress, after showing where each of its threads stands."""
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from hybrid.training import folder
 
 # As timeout(1) has it.
 EXIT_CODE = 124
@@ -18,10 +22,13 @@ _STDERR: Any = sys.__stderr__
 
 
 class Watchdog:
-    """A context manager. While entered, `beat` must be called at least every `seconds`; 0 means that nobody watches."""
+    """A context manager. While entered, `beat` must be called at least every `seconds`; 0 means that nobody watches.
 
-    def __init__(self, seconds: float, rank: int):
-        self._seconds, self._rank = seconds, rank
+    What the terminal gets is also left in the run's folder `run`: a line in its log, and the stacks in a file.
+    """
+
+    def __init__(self, seconds: float, rank: int, run: Path):
+        self._seconds, self._rank, self._run = seconds, rank, run
         self._last, self._doing = time.monotonic(), ""
         self._over = threading.Event()
 
@@ -47,14 +54,20 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             idle = time.monotonic() - self._last
             if idle > self._seconds:
-                print(
-                    f"rank {self._rank} made no progress for {idle:.0f} s (faults.hang_seconds) in: {self._doing}. "
-                    "This is where each of its threads stands:",
-                    file=_STDERR,
-                    flush=True,
+                self._end(
+                    f"rank {self._rank} made no progress for {idle:.0f} s (faults.hang_seconds) in: {self._doing}"
                 )
-                faulthandler.dump_traceback(_STDERR, all_threads=True)
-                os._exit(EXIT_CODE)
             if self._last != seen and time.monotonic() - armed > self._seconds / 10:
                 armed, seen = time.monotonic(), self._last
                 self._arm()
+
+    def _end(self, what: str) -> None:
+        """Show the stacks and end the process. Should the disk hang as well, faulthandler's own time runs out."""
+        print(f"{what}. This is where each of its threads stands:", file=_STDERR, flush=True)
+        faulthandler.dump_traceback(_STDERR, all_threads=True)
+        path = self._run / f"hung_rank{self._rank}.txt"
+        with contextlib.suppress(OSError), path.open("w") as stacks:
+            faulthandler.dump_traceback(stacks, all_threads=True)
+        with contextlib.suppress(OSError), (self._run / folder.LOG_FILE).open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {what}; the stacks of its threads are in {path}\n")
+        os._exit(EXIT_CODE)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -52,6 +53,8 @@ def test_a_norm_that_is_no_number_stops_the_run_and_changes_nothing(
     run = replace(undisturbed, folder=str(tmp_path))
     with pytest.raises(UserError, match="step 4: the gradient norm is nan; nothing of this step is kept"):
         train(run)
+    # What `hybrid status` shows of it afterwards.
+    assert "failed: step 4: the gradient norm is nan" in (tmp_path / "whole/log.txt").read_text().splitlines()[-1]
     train(run)
     assert toy.metrics(run) == toy.metrics(undisturbed)
 
@@ -133,6 +136,27 @@ def test_a_full_disk_stops_with_the_last_checkpoint_intact(undisturbed: Settings
     assert not list((tmp_path / "whole/checkpoints").glob(".*"))
 
 
+def test_a_process_that_hangs_leaves_its_stacks_in_the_folder_of_the_run(tmp_path: Path) -> None:
+    script = f"""
+import time
+from pathlib import Path
+from hybrid.training.watchdog import Watchdog
+
+def wait_for_godot():
+    time.sleep(600)
+
+with Watchdog(0.5, 3, Path({str(tmp_path)!r})) as watchdog:
+    watchdog.beat("act two")
+    wait_for_godot()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=toy.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == watchdog.EXIT_CODE
+    assert re.match(r"rank 3 made no progress for \d+ s \(faults.hang_seconds\) in: act two\. This", done.stderr)
+    stacks = tmp_path / "hung_rank3.txt"
+    assert "wait_for_godot" in done.stderr and "wait_for_godot" in stacks.read_text()
+    assert f"in: act two; the stacks of its threads are in {stacks}" in (tmp_path / "log.txt").read_text()
+
+
 # Real processes from here on: `start`s a run on its own, and disturbs it from outside.
 
 
@@ -190,6 +214,9 @@ def test_a_hung_rank_shows_its_threads_and_ends_the_run(tmp_path: Path) -> None:
     process = background(run, processes=2)
     out, err = process.communicate(timeout=180)
     assert process.returncode == watchdog.EXIT_CODE, out + err
-    assert "made no progress for 20 s (faults.hang_seconds) in: step 3" in err
+    assert re.search(r"made no progress for \d+ s \(faults.hang_seconds\) in: step 3", err), err
     assert "most recent call first" in err
+    log = (Path(run.folder) / "hangs/log.txt").read_text()
+    assert "rank 0 made no progress for" in log and "hangs/hung_rank0.txt" in log
+    assert "hang_in_the_third_batch" in (Path(run.folder) / "hangs/hung_rank1.txt").read_text()
     assert "hang_in_the_third_batch" in err + "".join(path.read_text() for path in tmp_path.rglob("stderr.log"))
