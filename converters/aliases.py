@@ -21,7 +21,9 @@ _RENAMED = [
 _RENAMED_COMPILED = [(re.compile(old), new) for old, new in _RENAMED]
 _LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..+)$")
 _INNER = re.compile(r"^(mtp\.layers\.\d+\.mtp_model_layer\.layers\.)(\d+)(\..+)$")
-_NO_WEIGHT = re.compile(r"(_extra_state(/shard.*)?|inv_freq|local_tokens_per_expert|\.core_attention\..*)$")
+_NO_WEIGHT = re.compile(
+    r"(_extra_state(/shard.*)?|inv_freq|local_tokens_per_expert|\.core_attention\.(?!indexer\.).*)$"
+)
 
 
 def is_weight(name: str) -> bool:
@@ -65,6 +67,9 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         kind = kinds[-1] if second else kinds[0]
         if kind == "-":
             suffix = re.sub(r"^pre_mlp_layernorm\.", "mlp.linear_fc1.layer_norm_", suffix)
+        elif kind == "+":
+            suffix = re.sub(r"^self_attention\.linear_qkv\.layer_norm_", "input_layernorm.", suffix)
+            suffix = re.sub(r"\.(q|kv)_layernorm\.", r".linear_\1_up_proj.layer_norm_", suffix)
         result[name] = f"{stack}{before + bool(second)}.{suffix}"
     seen: dict[str, str] = {}
     for name, new in result.items():
@@ -93,9 +98,11 @@ def _symbols(layer: str, suffixes: set[str]) -> str:
     if "self_attention" in starts:
         if any(re.match(r"self_attention\.(A_log|in_proj|conv1d)", suffix) for suffix in suffixes):
             raise _unknown_kind(layer, "a gated delta net")
-        if any(re.match(r"self_attention\.linear_(q_|kv_)", suffix) for suffix in suffixes):
-            raise _unknown_kind(layer, "latent or sparse attention (MLA, DSA)")
-        result += "*"
+        if any(".core_attention.indexer." in suffix for suffix in suffixes):
+            raise _unknown_kind(layer, "sparse attention (DSA)")
+        if "self_attention.linear_q_proj.weight" in suffixes:
+            raise _unknown_kind(layer, "latent attention without a low rank of the queries")
+        result += "+" if "self_attention.linear_kv_down_proj.weight" in suffixes else "*"
     if "mlp" in starts:
         result += "E" if any(suffix.startswith(("mlp.router.", "mlp.experts.")) for suffix in suffixes) else "-"
     if not result:
@@ -105,6 +112,7 @@ def _symbols(layer: str, suffixes: set[str]) -> str:
 
 def _unknown_kind(layer: str, what: str) -> UserError:
     return UserError(
-        f"{layer} is {what}; the converters and generation know Mamba, attention, MLP and MoE layers (M * - E). "
+        f"{layer} is {what}; the converters and generation know Mamba, attention, latent attention, MLP and MoE "
+        "layers (M * + - E). "
         "Training goes on from such a checkpoint (checkpoint.load)"
     )

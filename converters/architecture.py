@@ -36,7 +36,7 @@ def infer(shapes: Mapping[str, Shape], pattern: str, known: Mapping[str, Any]) -
         if stack == "decoder":
             kind = _layers(pattern)[index]
             by_kind.setdefault(kind, {}).setdefault(suffix, shapes[f"{stack}.layers.{index}.{suffix}"])
-    for kind, infer_kind in (("M", _mamba), ("*", _attention), ("-", _mlp), ("E", _moe)):
+    for kind, infer_kind in (("M", _mamba), ("*", _attention), ("+", _latent), ("-", _mlp), ("E", _moe)):
         if kind in by_kind:
             try:
                 found |= infer_kind(by_kind[kind], hidden, known, assumed)
@@ -130,6 +130,28 @@ def _attention(shapes: dict[str, Shape], hidden: int, known: Mapping[str, Any], 
         "num_attention_heads": width // head,
         "num_query_groups": (rows - width) // (2 * head),
         "attention_head_dim": head,
+    }
+
+
+def _latent(shapes: dict[str, Shape], hidden: int, known: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    """Rows of a projection are of all heads; the rotated width, which heads share, tells how many there are."""
+    width = shapes["self_attention.linear_proj.weight"][1]
+    queries, query_rank = shapes["self_attention.linear_q_up_proj.weight"]
+    both, kv_rank = shapes["self_attention.linear_kv_up_proj.weight"]
+    rotated = shapes["self_attention.linear_kv_down_proj.weight"][0] - kv_rank
+    heads = (queries - (both - width)) // rotated if rotated > 0 else 0
+    if heads < 1 or width % heads or (both - width) % heads or queries != both - width + heads * rotated:
+        name = "self_attention.linear_q_up_proj.weight"
+        raise ConfigError(
+            Problem(name, f"has {queries} rows, which do not fit the {both} and {width} of keys and values")
+        )
+    return {
+        "num_attention_heads": heads,
+        "mla_query_rank": query_rank,
+        "mla_kv_rank": kv_rank,
+        "mla_head_dim": (both - width) // heads,
+        "mla_rope_head_dim": rotated,
+        "mla_value_head_dim": width // heads,
     }
 
 

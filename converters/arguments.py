@@ -35,6 +35,15 @@ _SAME = {
 }
 """Megatron's name: the field of ModelConfig of the same meaning."""
 
+_LATENT = {
+    "q_lora_rank": "mla_query_rank",
+    "kv_lora_rank": "mla_kv_rank",
+    "qk_head_dim": "mla_head_dim",
+    "qk_pos_emb_head_dim": "mla_rope_head_dim",
+    "v_head_dim": "mla_value_head_dim",
+}
+"""The same of latent attention."""
+
 _POSITIONS = {"none": "none", "rope": "rope", "learned_absolute": "learned"}
 
 # What a layer kind does not have says nothing: Megatron fills these in for every model.
@@ -70,6 +79,9 @@ def known_fields(args: dict[str, Any], symbols: str, mamba1: bool = False) -> di
         for name, field in _SAME.items()
         if name not in absent and isinstance(args.get(name), int | float | str) and not isinstance(args[name], bool)
     }
+    if "+" in symbols:
+        known |= {field: args[name] for name, field in _LATENT.items() if isinstance(args.get(name), int)}
+        known |= {"rotary_base": args["rotary_base"]} if isinstance(args.get("rotary_base"), int) else {}
     if "*" in symbols and args.get("group_query_attention") and isinstance(args.get("num_query_groups"), int):
         known["num_query_groups"] = args["num_query_groups"]
     if args.get("swiglu"):
@@ -104,7 +116,10 @@ _UNEXPRESSED = {
 
 def unexpressed(args: dict[str, Any]) -> list[str]:
     """What these arguments say of the model that the fields of ModelConfig cannot."""
-    return [f"{name}={args[name]} ({meaning})" for name, meaning in _UNEXPRESSED.items() if args.get(name)]
+    found = [f"{name}={args[name]} ({meaning})" for name, meaning in _UNEXPRESSED.items() if args.get(name)]
+    if args.get("multi_latent_attention") and args.get("rope_type") == "yarn":
+        found.append("rope_type=yarn (latent attention's rotary positions are stretched)")
+    return found
 
 
 def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Namespace:
@@ -117,6 +132,9 @@ def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Nam
     if source.samples is not None:
         args["consumed_train_samples"] = source.samples
     args |= {name: getattr(model, field) for name, field in _SAME.items()}
+    if pattern.counts()["+"]:
+        args |= {name: getattr(model, field) for name, field in _LATENT.items()}
+        args |= {"multi_latent_attention": True, "rope_type": "rope", "qk_layernorm": True}
     args |= {
         "hybrid_layer_pattern": str(layout.pattern),
         "hybrid_override_pattern": None,

@@ -83,6 +83,7 @@ def choose(model: ModelConfig, family: str | None = None) -> str:
     """The family to write a model as. Raises ConfigError with the reasons where there is none."""
     candidates = [family] if family else [name for name in FAMILIES if name != "state_spaces"]
     general = ["it has multi-token prediction, which transformers does not run"] if model.pattern.mtp else []
+    general += ["it has latent attention (+)"] if model.pattern.counts()["+"] else []
     general += ["its positions are learned"] if model.position_embedding == "learned" else []
     reasons = {name: general + FAMILIES[name].obstacles(model) for name in candidates}
     for name in candidates:

@@ -34,6 +34,7 @@ from hybrid.config import ModelConfig
 from hybrid.errors import UserError
 from hybrid.pattern import Pattern
 
+_LOW_RANK_NORMS = ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.linear_kv_up_proj.layer_norm_")
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -176,6 +177,7 @@ def live_name(name: str, model: ModelConfig, fused_norms: bool = True) -> str:
         name = re.sub(r"\.mixer\.in_proj\.layer_norm_", ".norm.", name)
         name = re.sub(r"\.self_attention\.linear_qkv\.layer_norm_", ".input_layernorm.", name)
         name = re.sub(r"\.mlp\.linear_fc1\.layer_norm_", ".pre_mlp_layernorm.", name)
+        name = re.sub(r"\.linear_(q|kv)_up_proj\.layer_norm_", r".\1_layernorm.", name)
     return name
 
 
@@ -197,7 +199,8 @@ def live_order(chunk: Mapping[str, Tensor], fused_norms: bool) -> dict[str, Tens
             return layer, 1, int(expert[3])
         if match[3].startswith("self_attention.linear_qkv.layer_norm_"):
             return layer, -1, 0
-        return layer, 2 * match[3].startswith(("mixer.in_proj.layer_norm_", "mlp.shared_experts.")), 0
+        behind = ("mixer.in_proj.layer_norm_", "mlp.shared_experts.", *_LOW_RANK_NORMS)
+        return layer, 2 * match[3].startswith(behind), 0
 
     first: dict[str, int] = {}
     for index, name in enumerate(chunk):

@@ -5,7 +5,8 @@ whole model. The logical tensor is the uncut one; where megatron-core stores nam
 tensor-parallel ranks part by part, the parts are listed here.
 
 Shapes: h hidden, V padded vocabulary, d inner width of a Mamba layer, H SSM heads, G groups, N state, K convolution
-kernel, R rank of the time step, Q query heads, J key-value heads, e head width, f ffn width, E experts.
+kernel, R rank of the time step, Q query heads, J key-value heads, e head width, f ffn width, E experts. Of latent
+attention: rq and rk the low ranks, n, p and v the widths of a head without rotation, of its rotated part, of a value.
 
 | name, after `decoder.layers.I.` where it has no dot-free stem | shape | cut over tensor-parallel ranks |
 |---|---|---|
@@ -23,12 +24,16 @@ kernel, R rank of the time step, Q query heads, J key-value heads, e head width,
 | M `mixer.out_proj.weight` | (h, d) | columns |
 | * `self_attention.linear_qkv.weight`, `.bias` | ((Q+2J)e, h), per key-value head its queries, key, value | rows |
 | * `self_attention.linear_proj.weight`, `.bias` | (h, Qe), (h) | columns, no |
+| + `self_attention.linear_q_down_proj.weight`, `linear_kv_down_proj.weight` | (rq, h), (rk+p, h) | no |
+| + `self_attention.linear_q_up_proj.weight`, `linear_kv_up_proj.weight` | (Q(n+p), rq), (Q(n+v), rk) | rows |
+| + `self_attention.linear_q_up_proj.layer_norm_weight`, `linear_kv_up_proj.layer_norm_weight` | (rq), (rk) | no |
+| + `self_attention.linear_proj.weight`, `.bias` | (h, Qv), (h) | columns, no |
 | - `mlp.linear_fc1.weight`, `.bias` | (f, h), SwiGLU (2f, h) | rows; SwiGLU rows of each of gate f, up f |
 | - `mlp.linear_fc2.weight`, `.bias` | (h, f), (h) | columns, no |
 | E `mlp.router.weight`, `mlp.router.expert_bias` | (E, h), (E) | no |
 | E `mlp.experts.linear_fc1.weightJ`, `linear_fc2.weightJ` | as an MLP's, one expert | as an MLP's |
 | E `mlp.shared_experts.linear_fc1.weight`, `linear_fc2.weight` | as an MLP's | as an MLP's |
-| norm of the input: M `mixer.in_proj.layer_norm_weight`, * `self_attention.linear_qkv.layer_norm_weight`, - `mlp.linear_fc1.layer_norm_weight`, E `pre_mlp_layernorm.weight` | (h) | no |
+| norm of the input: M `mixer.in_proj.layer_norm_weight`, * `self_attention.linear_qkv.layer_norm_weight`, - `mlp.linear_fc1.layer_norm_weight`, E `pre_mlp_layernorm.weight`, + `input_layernorm.weight` | (h) | no |
 | `mtp.layers.D.enorm.weight`, `hnorm.weight`, `final_layernorm.weight` | (h) | no |
 | `mtp.layers.D.eh_proj.weight` | (h, 2h) | rows |
 | `mtp.layers.D.mtp_model_layer.layers.I.` | as above, by layer kind | |
@@ -60,6 +65,7 @@ INPUT_NORMS = {
     "*": "self_attention.linear_qkv.layer_norm_weight",
     "-": "mlp.linear_fc1.layer_norm_weight",
     "E": "pre_mlp_layernorm.weight",
+    "+": "input_layernorm.weight",
 }
 """The norm at the input of a layer, by its kind."""
 
@@ -119,6 +125,8 @@ def layer_parameters(kind: str, model: ModelConfig) -> dict[str, Param]:
         return result
     if kind == "-":
         return _mlp("mlp.", model.ffn_size, model, norm)
+    if kind == "+":
+        return norm | _latent(model)
     assert kind == "E" and model.num_experts, kind
     router = Param((model.num_experts, h))
     result = norm | {"mlp.router.weight": router}
@@ -163,11 +171,28 @@ def layers(names: Iterable[str]) -> Iterator[tuple[str, int, str]]:
             yield match[1], int(match[2]), match[3]
 
 
-def _norm(prefix: str, model: ModelConfig) -> dict[str, Param]:
-    result = {f"{prefix}weight": Param((model.hidden_size,))}
+def _norm(prefix: str, model: ModelConfig, width: int | None = None) -> dict[str, Param]:
+    shape = (width or model.hidden_size,)
+    result = {f"{prefix}weight": Param(shape)}
     if model.normalization == "LayerNorm":
-        result[f"{prefix}bias"] = Param((model.hidden_size,))
+        result[f"{prefix}bias"] = Param(shape)
     return result
+
+
+def _latent(model: ModelConfig) -> dict[str, Param]:
+    h, heads, value, prefix = model.hidden_size, model.num_attention_heads, model.mla_value_head_dim, "self_attention."
+    query_rank, kv_rank = model.mla_query_rank, model.mla_kv_rank
+    bias = {f"{prefix}linear_proj.bias": Param((h,))} if model.add_linear_bias else {}
+    return {
+        f"{prefix}linear_proj.weight": Param((h, heads * value), 1),
+        **bias,
+        f"{prefix}linear_q_down_proj.weight": Param((query_rank, h)),
+        **_norm(f"{prefix}linear_q_up_proj.layer_norm_", model, query_rank),
+        f"{prefix}linear_q_up_proj.weight": Param((heads * model.mla_query_head_dim, query_rank), 0),
+        f"{prefix}linear_kv_down_proj.weight": Param((kv_rank + model.mla_rope_head_dim, h)),
+        **_norm(f"{prefix}linear_kv_up_proj.layer_norm_", model, kv_rank),
+        f"{prefix}linear_kv_up_proj.weight": Param((heads * (model.mla_head_dim + value), kv_rank), 0),
+    }
 
 
 def _mamba2(model: ModelConfig, norm: dict[str, Param]) -> dict[str, Param]:

@@ -206,6 +206,11 @@ def _model(checkpoint: Checkpoint) -> str:
         )
         if model.position_embedding != "none":
             words.append(f"positions {model.position_embedding}")
+    if layers["+"]:
+        words.append(
+            f"latent attention {model.num_attention_heads} heads x {model.mla_head_dim} + {model.mla_rope_head_dim} "
+            f"rotated, values of {model.mla_value_head_dim}, ranks {model.mla_query_rank} and {model.mla_kv_rank}"
+        )
     if layers["-"]:
         words.append(f"MLP {model.ffn_size} {model.activation}")
     if layers["E"]:

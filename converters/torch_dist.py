@@ -251,8 +251,8 @@ def extra_states(model: ModelConfig) -> list[str]:
                 result.append(f"{stem}._extra_state/shard_{expert[3]}_{model.num_experts}")
         elif name.endswith(".weight") and not re.search(r"(conv1d|mixer\.norm|router|embeddings)\.weight$", name):
             result.append(f"{stem}.{whole}")
-            if stem.endswith(".linear_qkv"):
-                result.append(f"{stem.removesuffix('linear_qkv')}core_attention.{whole}")
+            if stem.endswith((".linear_qkv", ".linear_kv_up_proj")):
+                result.append(f"{stem.rpartition('.')[0]}.core_attention.{whole}")
     return result
 
 

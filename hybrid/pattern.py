@@ -27,7 +27,7 @@ LAYER_KINDS = {
     "+": "latent attention (MLA)",
 }
 # What converters and generation know; the others can be trained.
-CONVERTED = "M*-E"
+CONVERTED = "M*-E+"
 PLACE = "model.layer_pattern"
 EXAMPLE = "M-M*-M-"
 # Far beyond any model; keeps a slip of the hand from filling the memory.

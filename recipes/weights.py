@@ -44,6 +44,16 @@ _OF_KIND: dict[str, dict[str, Callable[[ModelConfig], Any]]] = {
         "position_embedding": lambda model: model.position_embedding,
         "add_linear_bias": lambda model: model.add_linear_bias,
     },
+    "+": {
+        "num_attention_heads": lambda model: model.num_attention_heads,
+        "mla_query_rank": lambda model: model.mla_query_rank,
+        "mla_kv_rank": lambda model: model.mla_kv_rank,
+        "mla_head_dim": lambda model: model.mla_head_dim,
+        "mla_rope_head_dim": lambda model: model.mla_rope_head_dim,
+        "mla_value_head_dim": lambda model: model.mla_value_head_dim,
+        "rotary_base": lambda model: model.rotary_base,
+        "add_linear_bias": lambda model: model.add_linear_bias,
+    },
     "-": {
         "ffn_hidden_size": lambda model: model.ffn_size,
         "activation": lambda model: model.activation,

@@ -217,7 +217,7 @@ class Inference:
 
     weights: float
     state_per_sequence: float  # SSM and delta states and convolution inputs, whatever the length
-    cache_per_token: float  # keys and values, or the low rank that they come from
+    cache_per_token: float  # keys and values, of latent attention those of all heads
 
 
 def inference(settings: Settings, width: int = 2) -> Inference:
@@ -229,8 +229,8 @@ def inference(settings: Settings, width: int = 2) -> Inference:
     whole = parameters.whole(settings)
     delta = model.gdn_value_size * model.gdn_key_head_dim
     delta += (2 * model.gdn_key_size + model.gdn_value_size) * model.gdn_conv_kernel
-    latent = (counts["+"] + counts["D"]) * (model.mla_kv_rank + model.mla_rope_head_dim)
-    cached = counts["*"] * 2 * model.query_groups * model.head_dim + latent + counts["D"] * model.dsa_index_head_dim
+    latent = model.num_attention_heads * (model.mla_query_head_dim + model.mla_value_head_dim)
+    cached = counts["*"] * 2 * model.query_groups * model.head_dim + (counts["+"] + counts["D"]) * latent
     mamba = inner * state + convolved * model.mamba_conv_kernel
     return Inference(
         weights=float(width * (whole.total - whole.mtp)),

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from hybrid.generation import ops, prefill_kernels
 from hybrid.generation.state import AttentionState, MambaState, Slots
-from hybrid.generation.weights import GATED_NORM_EPSILON, Attention, Experts, Mamba1, Mamba2, Mlp, Weights
+from hybrid.generation.weights import (
+    GATED_NORM_EPSILON,
+    Attention,
+    Experts,
+    Latent,
+    Layer,
+    Mamba1,
+    Mamba2,
+    Mlp,
+    Weights,
+)
 
 
 @torch.inference_mode()
@@ -35,7 +45,7 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
                 mixed = _mamba2(layer, hidden, state, batch, start)
             case Mamba1(), MambaState():
                 mixed = _mamba1(weights, layer, hidden, state, batch, start)
-            case Attention(), AttentionState():
+            case Attention() | Latent(), AttentionState():
                 mixed = _attention(layer, hidden, state, batch, start, rotary)
             case _:
                 mixed = _mlp_or_experts(layer, hidden.flatten(0, 1)).view_as(hidden)
@@ -62,7 +72,7 @@ def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor
                 mixed = _mamba2_step(layer, hidden, state)
             case Mamba1(), MambaState():
                 mixed = _mamba1_step(weights, layer, hidden, state)
-            case Attention(), AttentionState():
+            case Attention() | Latent(), AttentionState():
                 mixed = _attention_step(layer, hidden, state, positions, lengths, rotary)
             case _:
                 mixed = _mlp_or_experts(layer, hidden)
@@ -96,12 +106,14 @@ def _embed(weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
     return hidden
 
 
-def _summed(weights: Weights, layer: Mamba2 | Mamba1 | Attention | Mlp | Experts, mixed: Tensor) -> Tensor:
+def _summed(weights: Weights, layer: Layer, mixed: Tensor) -> Tensor:
     """The ranks' shares together, with the bias that all have."""
     if weights.group is not None:
         mixed = mixed.contiguous()
         dist.all_reduce(mixed, group=weights.group)
-    bias = layer.out_bias if isinstance(layer, Attention) else layer.down_bias if isinstance(layer, Mlp) else None
+    bias = (
+        layer.out_bias if isinstance(layer, Attention | Latent) else layer.down_bias if isinstance(layer, Mlp) else None
+    )
     return mixed if bias is None else mixed + bias
 
 
@@ -187,8 +199,12 @@ def _low(weights: Weights, layer: Mamba1, x: Tensor) -> tuple[Tensor, ...]:
     return low.split([rank, layer.state_dim, layer.state_dim], dim=-1)
 
 
-def _heads(layer: Attention, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(
+    layer: Attention | Latent, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (..., h) to query (..., Q, E), key and value (..., K, E)."""
+    if isinstance(layer, Latent):
+        return _latent_heads(layer, layer.norm(hidden), rotary)
     per_group = layer.heads // layer.groups
     grouped = layer.qkv(layer.norm(hidden)).unflatten(-1, (layer.groups, per_group + 2, layer.head_dim))
     query, key, value = grouped.split([per_group, 1, 1], dim=-2)
@@ -196,8 +212,22 @@ def _heads(layer: Attention, hidden: Tensor, rotary: tuple[Tensor, Tensor] | Non
     return _rotate(query, rotary), _rotate(key, rotary), value
 
 
+def _latent_heads(layer: Latent, normed: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """normed (..., h) to query and key (..., Q, E) and value (..., Q, its width); neighbours turn together."""
+    query = layer.query_up(layer.query_norm(layer.query_down(normed))).unflatten(-1, (layer.heads, layer.head_dim))
+    low, shared = layer.kv_down(normed).split([layer.kv_up.weight.shape[1], layer.rotated_dim], dim=-1)
+    both = layer.kv_up(layer.kv_norm(low)).unflatten(-1, (layer.heads, layer.plain_dim + layer.value_dim))
+    key, value = both.split([layer.plain_dim, layer.value_dim], dim=-1)
+    plain, turned = query.split([layer.plain_dim, layer.rotated_dim], dim=-1)
+    turned, shared = (
+        _rotate(torch.cat([x[..., ::2], x[..., 1::2]], dim=-1), rotary) for x in (turned, shared.unsqueeze(-2))
+    )
+    shared = shared.expand(*shared.shape[:-2], layer.heads, -1)
+    return torch.cat([plain, turned], dim=-1), torch.cat([key, shared], dim=-1), value
+
+
 def _attention(
-    layer: Attention,
+    layer: Attention | Latent,
     hidden: Tensor,
     state: AttentionState,
     rows: slice | list[int],
@@ -220,7 +250,7 @@ def _attention(
 
 
 def _attention_step(
-    layer: Attention,
+    layer: Attention | Latent,
     hidden: Tensor,
     state: AttentionState,
     positions: Tensor,
@@ -237,7 +267,7 @@ def _attention_step(
     return layer.out(context.flatten(1))
 
 
-def _mlp_or_experts(layer: Mamba2 | Mamba1 | Attention | Mlp | Experts, hidden: Tensor) -> Tensor:
+def _mlp_or_experts(layer: Layer, hidden: Tensor) -> Tensor:
     """hidden (tokens, h) to (tokens, h)."""
     if isinstance(layer, Mlp):
         assert layer.norm is not None

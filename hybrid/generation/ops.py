@@ -78,16 +78,20 @@ def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], device_lengths: Tensor) -> Tensor:
     """Attention of one query position: query (B, Q, E); key and value (B, K, T, E), of which a row has its length.
+    Values may be of another width than keys.
 
     `lengths` are of the rows that count, `device_lengths` (B) of all; the positions asked for are among them.
-    Returns (B, Q, E).
+    Returns (B, Q, the width of a value).
     """
+    if query.is_cuda and key.shape[-1] != value.shape[-1]:
+        seen = torch.arange(key.shape[2], device=key.device) < device_lengths.unsqueeze(1)
+        return F.scaled_dot_product_attention(query.unsqueeze(2), key, value, attn_mask=seen[:, None, None])[:, :, 0]
     if query.is_cuda:
         from hybrid.generation import kernels
 
         return kernels.attend(query, key, value, device_lengths)
     # Row by row, over its own keys alone: a batch would have to be masked, and sums would be cut as the longest row is.
-    context = torch.zeros_like(query)
+    context = query.new_zeros(*query.shape[:2], value.shape[-1])
     for row, length in enumerate(lengths):
         keys, values = key[row : row + 1, :, :length], value[row : row + 1, :, :length]
         context[row] = F.scaled_dot_product_attention(

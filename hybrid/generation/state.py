@@ -5,7 +5,7 @@ first rows, and nothing is gathered; when a sequence ends, the last one takes it
 sequences whose prompt is still being read.
 
 Shapes: S rows, C channels of the convolution, W its width, H SSM heads, P head width, N state, d inner width, K
-key-value heads, T positions, E head width.
+key-value heads, T positions, E head width (values may have another).
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid.generation.weights import Attention, Mamba1, Mamba2, Weights
+from hybrid.generation.weights import Attention, Latent, Mamba1, Mamba2, Weights
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ def allocate(weights: Weights, rows: int, max_length: int, ssm_dtype: torch.dtyp
             shape = (layer.heads, layer.head_dim) if isinstance(layer, Mamba2) else (layer.A.shape[0],)
             ssm = torch.zeros(rows, *shape, layer.state_dim, device=weights.device, dtype=ssm_dtype or weights.dtype)
             layers.append(MambaState(torch.zeros(rows, *layer.conv.shape, **made), ssm))
-        elif isinstance(layer, Attention):
-            cache = (rows, layer.groups, max_length, layer.head_dim)
-            layers.append(AttentionState(torch.zeros(cache, **made), torch.zeros(cache, **made)))
+        elif isinstance(layer, Attention | Latent):
+            cache = (rows, layer.groups, max_length)
+            key, value = (torch.zeros(*cache, width, **made) for width in (layer.head_dim, layer.value_dim))
+            layers.append(AttentionState(key, value))
         else:
             layers.append(None)
     lengths = torch.zeros(rows, dtype=torch.int64, device=weights.device)

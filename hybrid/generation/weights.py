@@ -128,6 +128,44 @@ class Attention:
     groups: int
     head_dim: int
 
+    @property
+    def value_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Latent attention: queries, and keys and values, by way of low ranks with norms of their own.
+
+    query_up: per head its width without rotation, then the rotated one; kv_down: the low rank, then the rotated key
+    that all heads share; kv_up: per head its key without rotation, then its value.
+    """
+
+    norm: Norm
+    query_down: Linear
+    query_norm: Norm
+    query_up: Linear
+    kv_down: Linear
+    kv_norm: Norm
+    kv_up: Linear
+    out: Linear
+    out_bias: Tensor | None
+    heads: int
+    plain_dim: int
+    rotated_dim: int
+    value_dim: int
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads: as many as query heads."""
+        return self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a query and key head."""
+        return self.plain_dim + self.rotated_dim
+
 
 @dataclass(frozen=True)
 class Mlp:
@@ -154,7 +192,7 @@ class Experts:
     scale: float
 
 
-Layer = Mamba2 | Mamba1 | Attention | Mlp | Experts
+Layer = Mamba2 | Mamba1 | Attention | Latent | Mlp | Experts
 
 
 @dataclass(frozen=True)
@@ -203,11 +241,16 @@ def build(
     def take(name: str, dtype: torch.dtype = dtype) -> Tensor:
         return given(name).to(device=device, dtype=dtype)
 
+    def frequencies(width: int) -> Tensor:
+        return model.rotary_base ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+
     embedding = take("embedding.word_embeddings.weight")
     rotary = None
     if model.position_embedding == "rope":
         width = int(model.head_dim * model.rotary_percent)
-        rotary = model.rotary_base ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+        rotary = frequencies(width)
+    if model.pattern.counts()["+"]:  # which never stands beside other attention, and always rotates
+        rotary = frequencies(model.mla_rope_head_dim)
     return Weights(
         embedding=embedding,
         positions=take("embedding.position_embeddings.weight") if model.position_embedding == "learned" else None,
@@ -233,6 +276,8 @@ def _layer(model: ModelConfig, kind: str, prefix: str, take: Any, ranks: int) ->
         return make(model, f"{prefix}mixer.", take, ranks)
     if kind == "*":
         return _attention(model, f"{prefix}self_attention.", take, ranks)
+    if kind == "+":
+        return _latent(model, prefix, take, ranks)
     if kind == "-":
         return _mlp(model, f"{prefix}mlp.", take, norm=_norm(model, f"{prefix}mlp.linear_fc1.layer_norm_", take))
     return _experts(model, prefix, take, ranks)
@@ -281,6 +326,25 @@ def _attention(model: ModelConfig, prefix: str, take: Any, ranks: int) -> Attent
         heads=model.num_attention_heads // ranks,
         groups=model.query_groups // ranks,
         head_dim=model.head_dim,
+    )
+
+
+def _latent(model: ModelConfig, prefix: str, take: Any, ranks: int) -> Latent:
+    own = f"{prefix}self_attention."
+    return Latent(
+        norm=_norm(model, f"{prefix}input_layernorm.", take),
+        query_down=Linear(take(f"{own}linear_q_down_proj.weight")),
+        query_norm=_norm(model, f"{own}linear_q_up_proj.layer_norm_", take),
+        query_up=Linear(take(f"{own}linear_q_up_proj.weight")),
+        kv_down=Linear(take(f"{own}linear_kv_down_proj.weight")),
+        kv_norm=_norm(model, f"{own}linear_kv_up_proj.layer_norm_", take),
+        kv_up=Linear(take(f"{own}linear_kv_up_proj.weight")),
+        out=Linear(take(f"{own}linear_proj.weight")),
+        out_bias=take(f"{own}linear_proj.bias") if model.add_linear_bias else None,
+        heads=model.num_attention_heads // ranks,
+        plain_dim=model.mla_head_dim,
+        rotated_dim=model.mla_rope_head_dim,
+        value_dim=model.mla_value_head_dim,
     )
 
 

@@ -41,6 +41,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "moe_expert_bias": True,
         "moe_router_score": "sigmoid",
     },
+    "latent": {
+        "layer_pattern": "M+-+",
+        "mla_query_rank": 24,
+        "mla_kv_rank": 16,
+        "mla_head_dim": 6,
+        "mla_rope_head_dim": 4,
+        "mla_value_head_dim": 8,
+    },
     "mtp": {"layer_pattern": "M-M*/M*/M*"},
 }
 

@@ -18,7 +18,7 @@ from hybrid.errors import ConfigError
 from hybrid.pattern import Pattern
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
-KINDS = ("mamba2", "mamba1", "hybrid", "swiglu", "layernorm", "tied", "learned", "moe", "mtp")
+KINDS = ("mamba2", "mamba1", "hybrid", "swiglu", "layernorm", "tied", "learned", "latent", "moe", "mtp")
 
 
 def shard(name: str, weight: torch.Tensor, model: ModelConfig, rank: int, size: int) -> torch.Tensor:
@@ -46,6 +46,8 @@ def shard(name: str, weight: torch.Tensor, model: ModelConfig, rank: int, size: 
         case ["embedding", "word_embeddings", _] | [*_, "output_layer", _] | [*_, "eh_proj", _]:
             return cut(weight)
         case [*_, "mixer", "A_log" | "D" | "dt_bias"] | [*_, "dt_proj" | "conv1d", _] | ["mixer", "norm", _]:
+            return cut(weight)
+        case [*_, "linear_q_up_proj" | "linear_kv_up_proj", "weight"]:
             return cut(weight)
         case [*_, "linear_fc1" | "linear_qkv", ending] if ending.startswith(("weight", "bias")):
             return cut(weight)

@@ -48,7 +48,7 @@ def build() -> Iterator[Callable[[ModelConfig], Any]]:
     distributed.stop()
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "layernorm", "mamba1", "moe", "mtp"])
+@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "layernorm", "mamba1", "latent", "moe", "mtp"])
 def test_megatron_core_loads_strictly_what_is_written_here(
     saved: Saved, tmp_path: Path, build: Callable[[ModelConfig], Any], kind: str
 ) -> None:
@@ -75,7 +75,7 @@ def test_megatron_core_loads_strictly_what_is_written_here(
     assert len(list(model.parameters())) == len([name for name in weights if not name.endswith("expert_bias")])
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "mamba1", "moe", "mtp"])
+@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "mamba1", "latent", "moe", "mtp"])
 def test_what_megatron_core_saves_is_read(
     tmp_path: Path, build: Callable[[ModelConfig], Any], make_model: Callable[..., ModelConfig], kind: str
 ) -> None:
@@ -93,7 +93,7 @@ def test_what_megatron_core_saves_is_read(
         assert torch.equal(tensor, state[name]), name
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "mamba1", "moe", "mtp"])
+@pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "mamba1", "latent", "moe", "mtp"])
 def test_the_order_of_tensors_is_that_of_parameters(
     build: Callable[[ModelConfig], Any], make_model: Callable[..., ModelConfig], saved: Saved, kind: str
 ) -> None:

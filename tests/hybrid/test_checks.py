@@ -215,7 +215,7 @@ def test_right_settings_have_no_problem():
             {"model__layer_pattern": "M+G", "checkpoint__export": "hf:out"},
             None,
             "checkpoint.export",
-            "the converters know no G (gated delta net), + (latent attention (MLA)); set it to None",
+            "the converters know no G (gated delta net); set it to None",
         ),
         # Vocabulary
         (

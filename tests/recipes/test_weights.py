@@ -67,7 +67,7 @@ def test_layers_that_only_training_knows(tmp_path: Path) -> None:
         if "loss" in json.loads(line)
     )
     assert before != after
-    with pytest.raises(UserError, match=r"decoder.layers.1 is latent .* generation know Mamba, attention, MLP and MoE"):
+    with pytest.raises(UserError, match=r"decoder.layers.2 is sparse .* generation know Mamba, attention, latent"):
         convert.open_checkpoint(tmp_path / "first")
     with pytest.raises(ConfigError, match=r"model.layer_pattern: is 'M\+', but the checkpoint"):
         launch(small(tmp_path, "model.layer_pattern=M+", "name=third", "checkpoint=first"))

@@ -15,6 +15,7 @@ from hybrid.generation.runner import Room, Runner
 from hybrid.model.build import build_model, transformer_config
 from hybrid.training.distributed import start, stop
 from tests import toy
+from tests.parity import LATENT
 
 EXPERTS = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 48, "moe_shared_expert_size": 32}
 SIGMOID = {"moe_router_score": "sigmoid", "moe_expert_bias": True, "moe_routed_scale": 2.5}
@@ -27,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts, and depths of multi-token prediction": {"layer_pattern": "MEM*/ME/ME", **EXPERTS},
     "experts chosen by sigmoids": {"layer_pattern": "MEM*", **EXPERTS, **SIGMOID},
     "transformer": {"layer_pattern": "*-*-", "activation": "swiglu", "normalization": "LayerNorm"},
+    "latent attention": {"layer_pattern": "M+-+", **LATENT, "rotary_base": 100},
     "squared ReLU with biases": {"activation": "squared_relu", "add_linear_bias": True},
 }
 
