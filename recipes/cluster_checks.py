@@ -163,7 +163,7 @@ def found(cluster: Cluster, job: slurm_script.SlurmJob, built: Settings) -> Iter
     if cluster.free_bytes < size:
         yield Problem(
             "folder",
-            f"'{job.run}' on {where} has {_gib(cluster.free_bytes)} free, less than one checkpoint, {_gib(size)}",
+            f"'{job.run}' on {where} has {_size(cluster.free_bytes)} free, less than one checkpoint, {_size(size)}",
         )
 
 
@@ -174,8 +174,8 @@ def doubts(cluster: Cluster, job: slurm_script.SlurmJob, built: Settings, jobs: 
     kept = built.checkpoint.keep_last or -(-built.trainer.steps // built.checkpoint.save_interval)
     if size <= cluster.free_bytes < size * (kept + 1):
         yield (
-            f"'{job.run}' has {_gib(cluster.free_bytes)} free, and {kept} checkpoints and one being written take "
-            f"{_gib(size * (kept + 1))}; lower checkpoint.keep_last or make room"
+            f"'{job.run}' has {_size(cluster.free_bytes)} free, and {kept} checkpoints and one being written take "
+            f"{_size(size * (kept + 1))}; lower checkpoint.keep_last or make room"
         )
     limit = seconds(executor.time)
     if executor.gpu and limit:
@@ -199,5 +199,5 @@ def _host_paths(executor: Slurm) -> list[str]:
     return [*paths, image] if image.startswith(("/", "./", "../")) or image.endswith(".sqsh") else paths
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count > 2**27 else f"{count / 2**20:.1f} MiB"

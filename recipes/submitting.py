@@ -119,7 +119,7 @@ def _send(job: SlurmJob, members: Sequence[Member]) -> None:
             ids = sending.send(job, staged, here.absolute() / job.base.name)
         except OSError as error:
             _clear(job, here)
-            raise UserError(f"{here}: the job's files cannot be written: {error.strerror}") from None
+            raise UserError(f"{here}: the job's files cannot be written: {staging.reason(error)}") from None
         except UserError:
             _clear(job, here)
             raise

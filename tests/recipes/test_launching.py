@@ -255,3 +255,13 @@ def test_what_is_sent_is_the_code_as_it_stands(tmp_path: Path) -> None:
     program = "import hybrid.config, recipes; print(hybrid.config.__file__, recipes.__file__)"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert all(path.startswith(str(tmp_path / "code")) for path in done.stdout.split())
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    """Here by a limit on the size of files, which some of the code's exceed."""
+    script = f"from recipes import staging; staging.stage(__import__('pathlib').Path({str(tmp_path)!r}), [])"
+    words = ["bash", "-c", f'ulimit -f 4; exec "{sys.executable}" -c "$0"', script]
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True
+    )
+    assert done.stderr.splitlines()[-1].endswith(f"{tmp_path}: what is to be sent cannot be written: File too large")
