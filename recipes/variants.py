@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid import pattern as patterns
 from hybrid import run
-from hybrid.config import OptimizerConfig, ParallelConfig, TrainerConfig
+from hybrid.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainerConfig
 from hybrid.pattern import Pattern
 from recipes import nodes, parts
 from recipes.nodes import config, partial
@@ -94,6 +94,7 @@ def shrink(
         model.moe_top_k = min(large.model.moe_top_k, 2)
         model.moe_ffn_hidden_size = 32 * tensor
         model.moe_shared_expert_size = 32 * tensor if large.model.moe_shared_expert_size else None
+    _shrink_variants(model, large.model, tensor * parallel.context)
     model.vocab_size = 257
     model.vocab_size_multiple = 4 * tensor
     small.data = parts.stdlib(sequence_length=128)
@@ -112,6 +113,23 @@ def shrink(
     small.checkpoint = parts.checkpoints_every(steps)
     small.checkpoint.load = large.checkpoint.load
     return small
+
+
+def _shrink_variants(model: Any, large: ModelConfig, ranks: int) -> None:
+    """Small sizes for latent attention, sparse attention and gated delta nets, where the pattern has them."""
+    counts = large.pattern.counts()
+    sizes: dict[str, int] = {}
+    if counts["+"] or counts["D"]:
+        sizes |= {"mla_query_rank": 32, "mla_kv_rank": 16}
+        sizes |= {"mla_head_dim": 16, "mla_rope_head_dim": 8, "mla_value_head_dim": 16}
+    if counts["D"]:
+        sizes |= {"dsa_index_heads": 16, "dsa_index_head_dim": 16, "dsa_top_k": 32}
+    if counts["G"]:
+        keys, each = max(2, ranks), min(large.gdn_num_value_heads // large.gdn_num_key_heads, 2)
+        sizes |= {"gdn_num_key_heads": keys, "gdn_num_value_heads": keys * each}
+        sizes |= {"gdn_key_head_dim": 16, "gdn_value_head_dim": 16}
+    for name, size in sizes.items():
+        setattr(model, name, size)
 
 
 def _scaled(width: int, small: int, large: int, multiple: int) -> int:

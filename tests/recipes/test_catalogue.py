@@ -127,6 +127,15 @@ def test_shrinking_can_keep_the_layout(name: str, change: list[str]) -> None:
     assert [problem.place for problem in checks.check(small, world)] == problems
 
 
+@pytest.mark.parametrize("keep_layout", [False, True])
+def test_shrinking_knows_every_layer_kind(keep_layout: bool) -> None:
+    changes = ["model.layer_pattern=M+-DGE+", "model.activation=swiglu", "model.num_experts=8"]
+    recipe = shrink(apply(resolve("hybrid_8b"), changes), keep_layout=keep_layout)
+    small = settings(recipe)
+    assert checks.check(small, small.parallel.model_size) == []
+    assert set(small.model.pattern.layers) == set("M+-DGE") and parameters.whole(small).total < 1_000_000
+
+
 def test_finetuning_keeps_what_the_user_has_chosen() -> None:
     recipe = apply(resolve("hybrid_8b"), ["parallel.tensor=8", "data.path=pretraining", "data.tokenizer=mine"])
     tuned = finetune(recipe, "weights")
