@@ -9,8 +9,8 @@ must write the same bytes; they take turns.
 
 The time is what each program says of itself, without Python's imports: Megatron-LM's tool from its last progress line
 (reading, encoding and writing of .bin, not of .idx), ours from --json (everything from the start of the processes to
-the finished files). The time that all processes of a command had a core is given beside it, less that of the same
-command on one short document: it is hardly disturbed by what else the machine does.
+the finished files). Beside it stand the time of the whole commands, imports and all, and the time that their processes
+had a core.
 """
 
 import argparse
@@ -149,10 +149,6 @@ def measure(tool: Path, prefix: str, documents: int, workers: int, path: str, op
     }
 
 
-def median(times: list[dict[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(each[name] for each in times) for name in times[0]}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megatron", type=Path, required=True, help="a checkout of Megatron-LM")
@@ -168,9 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = sources(arguments.megabytes)
-        for file, documents in (("large", texts), ("tiny", ["x = 1\n"])):
-            lines = [json.dumps({"text": text}) + "\n" for text in documents]
-            (folder / f"{file}.jsonl").write_text("".join(lines))
+        (folder / "large.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         library = [file.path.read_text("utf-8") for file in find_files(DataConfig()).found]
         tokenizers = train_tokenizers(folder, library)
 
@@ -181,26 +175,23 @@ def main() -> None:
         print(
             f"{len(texts)} documents, {megabytes:.1f} MB; {arguments.workers} workers; median of {arguments.repeats}\n"
         )
-        print(
-            "| tokenizer | tokens | Megatron-LM, tokens/s | hybrid, tokens/s | ratio | ratio of CPU time | commands |"
-        )
+        print("| tokenizer | tokens | Megatron-LM, tokens/s | hybrid, tokens/s | ratio | whole commands | CPU |")
         print("|---|---|---|---|---|---|---|")
         for kind, (path, options) in tokenizers.items():
             if arguments.only and kind not in arguments.only:
                 continue
-            start = measure(arguments.megatron, f"{folder}/tiny", 1, arguments.workers, path, options)
-            whole = median(
-                [
-                    measure(arguments.megatron, f"{folder}/large", len(texts), arguments.workers, path, options)
-                    for _ in range(arguments.repeats)
-                ]
-            )
-            cpu = (whole["their cpu"] - start["their cpu"]) / (whole["our cpu"] - start["our cpu"])
+            runs = [
+                measure(arguments.megatron, f"{folder}/large", len(texts), arguments.workers, path, options)
+                for _ in range(arguments.repeats)
+            ]
+            whole = {name: statistics.median(each[name] for each in runs) for name in runs[0]}
+            ratios = sorted(each["theirs"] / each["ours"] for each in runs)
             tokens = int(whole["tokens"])
             print(
                 f"| {kind} | {tokens:,} | {tokens / whole['theirs']:,.0f} | {tokens / whole['ours']:,.0f} "
-                f"| {whole['theirs'] / whole['ours']:.2f} | {cpu:.2f} "
-                f"| {whole['their wall']:.1f} s, {whole['our wall']:.1f} s |",
+                f"| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) "
+                f"| {whole['their wall']:.1f} s, {whole['our wall']:.1f} s "
+                f"| {whole['their cpu']:.1f} s, {whole['our cpu']:.1f} s |",
                 flush=True,
             )
 
