@@ -1,6 +1,6 @@
 """The optimizer's state gathered on the device beside megatron-core's own gathering: the same, bit for bit.
 
-`python -m tests.hybrid.training.test_optimizer_state SETTINGS` compares the two as one rank; the tests start it.
+`python -m tests.hybrid.training.test_optimizer_state SETTINGS` compares the two as one rank of several.
 """
 
 import json
@@ -16,26 +16,37 @@ from tests import toy
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.slow, pytest.mark.multiprocess])])
-def test_the_gathered_state_is_upstreams_and_both_ways_of_saving_write_it(tmp_path: Path, processes: int) -> None:
-    _compare(toy.settings(tmp_path), processes)
+def test_the_gathered_state_is_upstreams_and_both_ways_of_saving_write_it(
+    tmp_path: Path, processes: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _compare(toy.settings(tmp_path), processes, capfd)
 
 
 @pytest.mark.gpu
-def test_so_it_is_on_a_gpu(tmp_path: Path) -> None:
+def test_so_it_is_on_a_gpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """With bf16, where the optimizer's parameters are others than the model's."""
     import torch
 
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    _compare(toy.settings(tmp_path, trainer={"precision": "bf16"}), processes=1)
+    _compare(toy.settings(tmp_path, trainer={"precision": "bf16"}), 1, capfd)
 
 
-def _compare(run: Settings, processes: int) -> None:
+def _compare(run: Settings, processes: int, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(run.folder).parent / "settings.json"
     path.write_text(json.dumps(settings_file.to_dict(run)))
-    done = toy.spawn("tests.hybrid.training.test_optimizer_state", [str(path)], processes)
-    assert done.stdout.count("the same state") == 1
-    assert done.stdout.count("the same checkpoint") == 1
+    if processes == 1:
+        from hybrid.training import distributed
+
+        try:
+            main(str(path))
+        finally:
+            distributed.stop()
+        said = capfd.readouterr().out
+    else:
+        said = toy.spawn("tests.hybrid.training.test_optimizer_state", [str(path)], processes).stdout
+    assert said.count("the same state") == 1
+    assert said.count("the same checkpoint") == 1
 
 
 def main(file: str) -> None:
@@ -70,7 +81,6 @@ def main(file: str) -> None:
     else:
         assert ours is None
     _save_twice(run, training, world)
-    distributed.stop()
 
 
 def _save_twice(run: Settings, training: Any, world: Any) -> None:
@@ -95,3 +105,7 @@ def _save_twice(run: Settings, training: Any, world: Any) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+
+    from hybrid.training import distributed
+
+    distributed.stop()
