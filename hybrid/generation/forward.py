@@ -62,14 +62,15 @@ def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor
     (`hybrid.generation.runner`), or that of a graph. Host lengths are left to the caller, who may replay a graph.
     Returns logits (B, V) in float32.
     """
-    positions = slots.device_lengths[: len(tokens)].clamp(max=slots.max_length - 1)
+    seen = slots.device_lengths[: tokens.shape[0]]
+    positions = seen.clamp(max=slots.max_length - 1)
     lengths = [length + 1 for length in slots.lengths[:count]]
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
     for layer, state in zip(weights.layers, slots.layers, strict=True):
         match layer, state:
             case Mamba2(), MambaState():
-                mixed = _mamba2_step(layer, hidden, state)
+                mixed = _mamba2_step(layer, hidden, state, count)
             case Mamba1(), MambaState():
                 mixed = _mamba1_step(weights, layer, hidden, state)
             case Attention() | Latent(), AttentionState():
@@ -77,7 +78,7 @@ def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor
             case _:
                 mixed = _mlp_or_experts(layer, hidden)
         hidden = hidden + _summed(weights, layer, mixed)
-    slots.device_lengths[: len(tokens)] += 1
+    seen += 1
     return logits(weights, weights.final_norm(hidden))
 
 
@@ -152,17 +153,19 @@ def _mamba2(layer: Mamba2, hidden: Tensor, state: MambaState, rows: slice | list
     return layer.out_proj(normed).view_as(hidden)
 
 
-def _mamba2_step(layer: Mamba2, hidden: Tensor, state: MambaState) -> Tensor:
-    """hidden (B, h) to (B, h)."""
-    batch = len(hidden)
+def _mamba2_step(layer: Mamba2, hidden: Tensor, state: MambaState, count: int) -> Tensor:
+    """hidden (B, h) to (B, h), of which `count` rows are looked at: between the two products no others are computed."""
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
-    z, xBC, dt = layer.in_proj(layer.norm(hidden)).split([inner, channels, heads], dim=-1)
-    xBC = ops.conv_step(xBC, state.conv[:batch], layer.conv, layer.conv_bias)
-    x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
-    B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
-    x = x.unflatten(-1, (heads, layer.head_dim))
-    y = ops.ssm_step(state.ssm[:batch], x, dt, layer.dt_bias, layer.A, B, C, layer.D)
-    return layer.out_proj(ops.gated_norm(y.flatten(1), z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON))
+    projected = layer.in_proj(layer.norm(hidden))[:count]
+    z, xBC, dt = projected.split_with_sizes((inner, channels, heads), -1)
+    xBC = ops.conv_step(xBC, state.conv[:count], layer.taps, layer.conv_bias)
+    x, BC = xBC.split_with_sizes((inner, channels - inner), -1)
+    x = x.view(count, heads, layer.head_dim)
+    B, C = BC.view(count, 2, layer.groups, layer.state_dim).unbind(1)
+    y = ops.ssm_step(state.ssm[:count], x, dt, layer.dt_bias, layer.A, B, C, layer.D)
+    normed = ops.gated_norm(y.flatten(1), z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
+    beside = hidden.shape[0] - count
+    return layer.out_proj(F.pad(normed, (0, 0, 0, beside)) if beside else normed)
 
 
 def _mamba1(
@@ -183,11 +186,11 @@ def _mamba1_step(weights: Weights, layer: Mamba1, hidden: Tensor, state: MambaSt
     """hidden (B, h) to (B, h)."""
     batch = len(hidden)
     x, z = layer.in_proj(layer.norm(hidden)).chunk(2, dim=-1)
-    x = ops.conv_step(x, state.conv[:batch], layer.conv, layer.conv_bias)
+    x = ops.conv_step(x, state.conv[:batch], layer.taps, layer.conv_bias)
     low, B, C = _low(weights, layer, x)
     dt = ops.softplus(layer.dt_proj(low).float() + layer.dt_bias)
     y = ops.scan_step(state.ssm[:batch], x, dt, layer.A, B, C, layer.D)
-    return layer.out_proj((y * F.silu(z.float())).to(hidden.dtype))
+    return layer.out_proj((y * ops.silu(z.float())).to(hidden.dtype))
 
 
 def _low(weights: Weights, layer: Mamba1, x: Tensor) -> tuple[Tensor, ...]:
@@ -282,10 +285,10 @@ def _mlp(layer: Mlp, x: Tensor) -> Tensor:
     up = layer.up(x)
     if layer.activation == "swiglu":
         gate, up = up.chunk(2, dim=-1)
-        return layer.down(F.silu(gate) * up)
+        return layer.down(ops.silu(gate) * up)
     if layer.activation == "squared_relu":
         return layer.down(F.relu(up).square())
-    return layer.down(F.gelu(up))
+    return layer.down(ops.gelu(up))
 
 
 def _experts(layer: Experts, x: Tensor) -> Tensor:

@@ -92,6 +92,16 @@ class Generator:
         """Complete any number of (prompt, settings), no more at a time than may wait."""
         done: queue.SimpleQueue[tuple[int, Piece]] = queue.SimpleQueue()
         texts = [Completion(prompt_tokens=len(prompt)) for prompt, _ in requests]
+
+        def listener(index: int) -> Listener:
+            # The engine's thread puts the text together: waking another one for every token would cost more than that.
+            def listen(piece: Piece) -> None:
+                texts[index].add(piece)
+                if piece.reason:
+                    done.put((index, piece))
+
+            return listen
+
         jobs: dict[int, Job] = {}
         begun = 0
         limit = self.engine.runner.room.slots + self.engine.max_waiting // 2
@@ -99,15 +109,12 @@ class Generator:
             while jobs or begun < len(requests):
                 while begun < len(requests) and len(jobs) < limit:
                     prompt, sampling = requests[begun]
-                    listener = _numbered(done, begun)
-                    jobs[begun] = self.start(prompt, sampling, listener)
+                    jobs[begun] = self.start(prompt, sampling, listener(begun))
                     begun += 1
                 index, piece = done.get()
-                texts[index].add(piece)
-                if piece.reason:
-                    del jobs[index]
-                    _refuse_error(piece)
-                    yield index, texts[index]
+                del jobs[index]
+                _refuse_error(piece)
+                yield index, texts[index]
         finally:
             self.engine.cancel(*jobs.values())
 
@@ -169,10 +176,6 @@ class Generator:
         job = self.job(prompt, sampling, listener)
         self.engine.submit(job)
         return job
-
-
-def _numbered(done: "queue.SimpleQueue[tuple[int, Piece]]", index: int) -> Listener:
-    return lambda piece: done.put((index, piece))
 
 
 def _refuse_error(piece: Piece) -> None:

@@ -19,30 +19,31 @@ _jit: Any = triton.jit
 
 
 @_jit
-def _conv_step(x, state, weight, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _conv_step(x, state, taps, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A block of channels of one sequence."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
-    past = state + (row * channels + channel) * WIDTH
+    past = state + row * channels * WIDTH + channel
+    own = taps + channel
     new = tl.load(x + row * x_row + channel, mask=inside, other=0.0)
     total = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     for tap in tl.static_range(WIDTH - 1):  # pyright: ignore[reportGeneralTypeIssues]
-        value = tl.load(past + tap + 1, mask=inside, other=0.0)
-        tl.store(past + tap, value, mask=inside)
-        total += value.to(tl.float32) * tl.load(weight + channel * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
-    tl.store(past + WIDTH - 1, new, mask=inside)
-    total += new.to(tl.float32) * tl.load(weight + channel * WIDTH + WIDTH - 1, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(past + (tap + 1) * channels, mask=inside, other=0.0)
+        tl.store(past + tap * channels, value, mask=inside)
+        total += value.to(tl.float32) * tl.load(own + tap * channels, mask=inside, other=0.0).to(tl.float32)
+    tl.store(past + (WIDTH - 1) * channels, new, mask=inside)
+    total += new.to(tl.float32) * tl.load(own + (WIDTH - 1) * channels, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * channels + channel, (total * tl.sigmoid(total)).to(y.dtype.element_ty), mask=inside)
 
 
-def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `ops.conv_step`: x (B, C), state (B, C, W), weight (C, W), bias (C)."""
+def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """As `ops.conv_step`: x (B, C), state (B, W, C), taps (W, C), bias (C)."""
     batch, channels = x.shape
     y = torch.empty(batch, channels, device=x.device, dtype=x.dtype)
     block = 256
     grid = (batch, triton.cdiv(channels, block))
-    _conv_step[grid](x, state, weight, bias, y, channels, x.stride(0), WIDTH=weight.shape[1], BLOCK=block)
+    _conv_step[grid](x, state, taps, bias, y, channels, x.stride(0), WIDTH=taps.shape[0], BLOCK=block)
     return y
 
 

@@ -14,15 +14,15 @@ from torch import Tensor
 from hybrid.generation.weights import rms_norm
 
 
-def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve and activate: x (B, C), any row stride; state (B, C, W), changed; returns (B, C) of x's type."""
+def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """Convolve and activate: x (B, C), any row stride; state (B, W, C), changed; taps (W, C); returns (B, C) of x's
+    type."""
     if x.is_cuda:
         from hybrid.generation import kernels
 
-        return kernels.conv_step(x, state, weight, bias)
-    state.copy_(torch.cat([state[:, :, 1:], x.unsqueeze(-1)], dim=-1))
-    y = (state.float() * weight.float()).sum(dim=-1) + bias.float()
-    return F.silu(y).to(x.dtype)
+        return kernels.conv_step(x, state, taps, bias)
+    state.copy_(torch.cat([state[:, 1:], x.unsqueeze(1)], dim=1))
+    return silu((state.float() * taps.float()).sum(dim=1).add_(bias)).to(x.dtype)
 
 
 def ssm_step(
@@ -47,7 +47,7 @@ def ssm_step(
     grouped.addcmul_(inflow, B.float().unsqueeze(2))
     if wide is not state:
         state.copy_(wide)
-    y = (grouped @ C.float().unsqueeze(-1)).view(b, h, p)
+    y = torch.linalg.vecdot(grouped, C.float().unsqueeze(2)).view(b, h, p)
     return y.addcmul_(x.float(), D.unsqueeze(-1)).to(x.dtype)
 
 
@@ -57,13 +57,30 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
         from hybrid.generation import kernels
 
         return kernels.gated_norm(y, z, weight, groups, eps)
-    gated = (y.float() * F.silu(z.float())).unflatten(-1, (groups, -1))
+    gated = (y.float() * silu(z.float())).unflatten(-1, (groups, -1))
     return (rms_norm(gated, eps).flatten(-2) * weight.float()).to(y.dtype)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)); torch's own gives an element other last bits when it is at the end of a tensor."""
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    """log(1 + exp(x)); of torch's own an element's last bits depend on where it is, as on `silu`'s."""
+    return -F.logsigmoid(-x)
+
+
+# What torch's own functions on CPU compute without vector instructions: the elements after the last full vectors. They
+# get other last bits there, and a row's bits would depend on how many rows come after it.
+_VECTORS = 32
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x) of x (..., width): a row's bits depend on nothing but the row."""
+    return F.silu(x) if x.is_cuda or x.shape[-1] % _VECTORS == 0 else x / (1 + torch.exp(-x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the normal distribution's function of x (..., width), likewise."""
+    if x.is_cuda or x.shape[-1] % _VECTORS == 0:
+        return F.gelu(x)
+    return x * (1 + torch.erf(x * 0.5**0.5)) * 0.5
 
 
 def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -73,7 +90,7 @@ def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
     wide.mul_(torch.exp(dt.unsqueeze(-1) * A)).addcmul_((dt * u.float()).unsqueeze(-1), B.float().unsqueeze(1))
     if wide is not state:
         state.copy_(wide)
-    return (wide @ C.float().unsqueeze(-1)).squeeze(-1).addcmul_(u.float(), D)
+    return torch.linalg.vecdot(wide, C.float().unsqueeze(1)).addcmul_(u.float(), D)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], device_lengths: Tensor) -> Tensor:

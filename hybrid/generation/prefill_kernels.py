@@ -28,13 +28,15 @@ def _installed(module: str) -> bool:
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B, L, C), weight (C, W), bias (C), state (B, C, W); returns y (B, L, C) and the state after it."""
+    """x (B, L, C), weight (C, W), bias (C), state (B, W, C); returns y (B, L, C) and the state after it."""
     if x.is_cuda and state is None and _installed("causal_conv1d"):
         fused: Any = import_module("causal_conv1d")
         y = fused.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
         width, length = weight.shape[1], x.shape[1]
-        return y, F.pad(x[:, -width:].transpose(1, 2), (max(0, width - length), 0))
-    return causal_conv1d(x, weight, bias, initial_state=state, return_final_state=True)
+        return y, F.pad(x[:, -width:], (0, 0, max(0, width - length), 0))
+    before = None if state is None else state.transpose(1, 2)
+    y, last = causal_conv1d(x, weight, bias, initial_state=before, return_final_state=True)
+    return y, last.transpose(1, 2)
 
 
 def ssd(

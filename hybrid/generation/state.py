@@ -19,7 +19,7 @@ from hybrid.generation.weights import Attention, Latent, Mamba1, Mamba2, Weights
 
 @dataclass(frozen=True)
 class MambaState:
-    """conv (S, C, W), the last inputs; ssm (S, H, P, N) for Mamba-2, (S, d, N) for Mamba-1."""
+    """conv (S, W, C), the last inputs; ssm (S, H, P, N) for Mamba-2, (S, d, N) for Mamba-1."""
 
     conv: Tensor
     ssm: Tensor
@@ -88,7 +88,7 @@ def allocate(weights: Weights, rows: int, max_length: int, ssm_dtype: torch.dtyp
         if isinstance(layer, Mamba2 | Mamba1):
             shape = (layer.heads, layer.head_dim) if isinstance(layer, Mamba2) else (layer.A.shape[0],)
             ssm = torch.zeros(rows, *shape, layer.state_dim, device=weights.device, dtype=ssm_dtype or weights.dtype)
-            layers.append(MambaState(torch.zeros(rows, *layer.conv.shape, **made), ssm))
+            layers.append(MambaState(torch.zeros(rows, *layer.taps.shape, **made), ssm))
         elif isinstance(layer, Attention | Latent):
             cache = (rows, layer.groups, max_length)
             key, value = (torch.zeros(*cache, width, **made) for width in (layer.head_dim, layer.value_dim))

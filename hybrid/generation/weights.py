@@ -11,6 +11,7 @@ attention, f ffn width.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,8 +51,13 @@ def _plain(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x (..., h) in float32 over the root mean square of its last dimension: a third of F.rms_norm's time on CPU."""
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return x * scale
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(_scalar(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value)
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Mamba2:
-    """conv (d+2GN, W), conv_bias (d+2GN); dt_bias, A (negative) and D (H) in float32; gate_norm (d)."""
+    """conv (d+2GN, W), its transpose taps, conv_bias (d+2GN); dt_bias, A (negative) and D (H) in float32; gate_norm
+    (d)."""
 
     norm: Norm
     in_proj: Linear
     conv: Tensor
+    taps: Tensor
     conv_bias: Tensor
     dt_bias: Tensor
     A: Tensor
@@ -97,11 +105,12 @@ class Mamba2:
 
 @dataclass(frozen=True)
 class Mamba1:
-    """conv (d, W), conv_bias (d); A (d, N), negative, dt_bias and D (d) in float32."""
+    """conv (d, W), its transpose taps, conv_bias (d); A (d, N), negative, dt_bias and D (d) in float32."""
 
     norm: Norm
     in_proj: Linear
     conv: Tensor
+    taps: Tensor
     conv_bias: Tensor
     x_proj: Linear
     dt_proj: Linear
@@ -287,7 +296,8 @@ def _mamba2(model: ModelConfig, prefix: str, take: Any, ranks: int) -> Mamba2:
     return Mamba2(
         norm=_norm(model, f"{prefix}in_proj.layer_norm_", take),
         in_proj=Linear(take(f"{prefix}in_proj.weight")),
-        conv=take(f"{prefix}conv1d_weight").squeeze(1).contiguous(),
+        conv=(conv := take(f"{prefix}conv1d_weight").squeeze(1).contiguous()),
+        taps=conv.t().contiguous(),
         conv_bias=take(f"{prefix}conv1d_bias"),
         dt_bias=take(f"{prefix}dt_bias", torch.float32),
         A=-torch.exp(take(f"{prefix}A_log", torch.float32)),
@@ -305,7 +315,8 @@ def _mamba1(model: ModelConfig, prefix: str, take: Any, ranks: int) -> Mamba1:
     return Mamba1(
         norm=_norm(model, f"{prefix}in_proj.layer_norm_", take),
         in_proj=Linear(take(f"{prefix}in_proj.weight")),
-        conv=take(f"{prefix}conv1d.weight").squeeze(1).contiguous(),
+        conv=(conv := take(f"{prefix}conv1d.weight").squeeze(1).contiguous()),
+        taps=conv.t().contiguous(),
         conv_bias=take(f"{prefix}conv1d.bias"),
         x_proj=Linear(take(f"{prefix}x_proj.weight")),
         dt_proj=Linear(take(f"{prefix}dt_proj.weight")),

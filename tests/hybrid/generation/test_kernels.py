@@ -68,8 +68,8 @@ def test_the_recurrence(dtype: torch.dtype, heads: int, width: int, groups: int,
 def test_the_convolution(dtype: torch.dtype) -> None:
     from hybrid.generation import kernels
 
-    x, state = _random(3, 340, dtype=dtype)[:, 20:], _random(3, 320, 4, dtype=dtype, seed=1)
-    weight, bias = _random(320, 4, dtype=dtype, seed=2), _random(320, dtype=dtype, seed=3)
+    x, state = _random(3, 340, dtype=dtype)[:, 20:], _random(3, 4, 320, dtype=dtype, seed=1)
+    weight, bias = _random(4, 320, dtype=dtype, seed=2), _random(320, dtype=dtype, seed=3)
     expected_state = state.float().cpu().clone()
     expected = ops.conv_step(x.float().cpu(), expected_state, weight.float().cpu(), bias.float().cpu())
     _close(kernels.conv_step(x, state, weight, bias), expected, LIMITS[dtype])
