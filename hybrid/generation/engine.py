@@ -79,6 +79,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def closing(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._closing
+
+    @property
     def waiting(self) -> int:
         """Jobs that have not been begun."""
         return len(self._waiting)

@@ -43,11 +43,11 @@ def create_app(model: Generator, limits: Limits | None = None, drain_seconds: fl
     app.include_router(megatron.router(model, metrics))
     _add_failures(app, metrics)
 
-    @app.get("/health", responses={503: {"description": "The model has failed."}})
+    @app.get("/health", responses={503: {"description": "The model has failed, or the server is ending."}})
     async def health() -> Response:
         """Whether the model can be asked."""
-        failed = model.engine.failure is not None
-        return JSONResponse({"status": "failed" if failed else "ok", "model": model.name}, 503 if failed else 200)
+        state = "failed" if model.engine.failure is not None else "ending" if model.engine.closing else "ok"
+        return JSONResponse({"status": state, "model": model.name}, 200 if state == "ok" else 503)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_metrics() -> Response:

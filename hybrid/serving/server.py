@@ -1,6 +1,10 @@
 """Listening, and ending well."""
 
+import multiprocessing
+import signal
 import socket
+import sys
+import threading
 
 import uvicorn
 
@@ -8,6 +12,9 @@ from hybrid.errors import UserError
 from hybrid.generation.generator import Generator
 from hybrid.serving.app import create_app
 from hybrid.serving.limits import Limits
+
+_BACKLOG = 2048
+_SECONDS_TO_READ = 5  # what a client has to take the rest of its text, once all are made
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -24,17 +31,44 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(model: Generator, listening: socket.socket, limits: Limits, drain_seconds: int) -> None:
-    """Serve until SIGTERM or SIGINT: then take nothing new, finish what is being made, and close the model."""
+    """Serve until SIGTERM or SIGINT: then take nothing new, finish what is being made, and close the model.
+
+    While texts are finished, others are refused with 503. A second signal ends the process at once.
+    """
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"{model.name} is served on http://{shown}:{port}", flush=True)
     config = uvicorn.Config(
         create_app(model, limits, drain_seconds),
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=drain_seconds,
+        timeout_graceful_shutdown=_SECONDS_TO_READ,
+        backlog=_BACKLOG,
     )
+    server = uvicorn.Server(config)
+    ending = False
+
+    def drain() -> None:
+        model.close(drain_seconds)
+        server.should_exit = True
+
+    def end(number: int, _: object) -> None:
+        nonlocal ending
+        if ending:
+            for rank in multiprocessing.active_children():
+                rank.terminate()
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        ending = True
+        texts = model.engine.running + model.engine.waiting
+        if texts:
+            print(f"finishing {texts} texts within {drain_seconds} s; once more ends at once", file=sys.stderr)
+        threading.Thread(target=drain, name="drain").start()
+
+    # Uvicorn's own would stop listening at once, end with the signal's exit code, and take no second SIGTERM.
+    server.handle_exit = end  # type: ignore[method-assign]
+    listening.listen(_BACKLOG)  # so that who comes as soon as this is said is not turned away
+    print(f"{model.name} is served on http://{shown}:{port}", flush=True)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         model.close(0)

@@ -144,7 +144,7 @@ def test_hanging_up_frees_the_slot(served: Served) -> None:
         assert served.idle()
     for _ in range(6):
         with pytest.raises(Exception, match="timed out"), served.client() as http:
-            http.post("/v1/completions", json=long, timeout=0.3)
+            http.post("/v1/completions", json=long, timeout=0.15)
     assert served.idle()
 
 
