@@ -7,7 +7,7 @@ that have been read. So a long prompt holds the others up by one piece at a time
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,7 +34,8 @@ class Job:
     """One sequence, and whom to tell of it; all of `on_...` are called on the engine's thread.
 
     `on_token` says whether the sequence ends with this token; `on_prompt` gets what the prompt's tokens after the first
-    had as log-probabilities, if that was asked for; `on_end` is called once, with the reason.
+    had as log-probabilities, if that was asked for; `on_stop` gets the token that ends it, if one does; `on_end` is
+    called once, with the reason.
     """
 
     prompt: list[int]
@@ -42,6 +43,7 @@ class Job:
     on_token: Callable[[Chosen], bool]
     on_end: Callable[[Reason], None]
     on_prompt: Callable[[list[Chosen]], None] | None = None
+    on_stop: Callable[[Chosen], None] | None = None
     number: int = 0  # which of several texts for one prompt
     cancelled: bool = False
     row: Row = field(init=False)
@@ -95,14 +97,11 @@ class Engine:
 
     def check(self, prompt: list[int], sampling: Sampling) -> None:
         """Raise ConfigError for what this model cannot do."""
-        vocabulary, most = self.runner.weights.vocab_size, self.runner.room.max_length
+        most = self.runner.room.max_length
         problems = []
         if not prompt:
             problems.append(Problem("prompt", "is empty; give the text to go on from"))
-        if outside := [token for token in (*prompt, *sampling.stop_tokens) if not 0 <= token < vocabulary]:
-            problems.append(
-                Problem("prompt", f"has token {outside[0]}; the vocabulary has those from 0 to {vocabulary - 1}")
-            )
+        problems += self._outside("prompt", prompt) + self._outside("stop_tokens", sampling.stop_tokens)
         if len(prompt) + sampling.max_tokens > most:
             problems.append(
                 Problem(
@@ -112,6 +111,17 @@ class Engine:
             )
         if problems:
             raise ConfigError(problems)
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise ConfigError for tokens that are not in the vocabulary."""
+        if problems := self._outside("tokens", tokens):
+            raise ConfigError(problems)
+
+    def _outside(self, place: str, tokens: Sequence[int]) -> list[Problem]:
+        vocabulary = self.runner.weights.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < vocabulary), None)
+        said = f"has token {wrong}; the vocabulary has those from 0 to {vocabulary - 1}"
+        return [] if wrong is None else [Problem(place, said)]
 
     def submit(self, *jobs: Job) -> None:
         """Queue jobs, all of them or none. Raises ConfigError, QueueFull or Closed."""
@@ -273,6 +283,8 @@ class Engine:
         job.last = chosen.token
         sampling = job.sampling
         if chosen.token in sampling.stop_tokens or (chosen.token == self.end and not sampling.ignore_end):
+            if job.on_stop is not None:
+                job.on_stop(chosen)
             return "stop"
         if job.on_token(chosen):
             return "stop"

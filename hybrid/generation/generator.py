@@ -23,7 +23,8 @@ Prompt = str | Sequence[int]
 
 @dataclass
 class Completion:
-    """A finished text: `tokens` with their log-probabilities if they were asked for, after those of an echoed prompt.
+    """A finished text: `tokens` with their log-probabilities if they were asked for, after those of an echoed prompt,
+    and then with the token that ended it, if one did.
 
     `reason` is why it ended: stop (end of document, stop string or token) or length.
     """
@@ -38,6 +39,10 @@ class Completion:
         self.text += piece.text
         self.tokens += piece.tokens
         self.reason = piece.reason or self.reason
+
+
+class UnknownModel(UserError):
+    """There is one model, and it is called otherwise."""
 
 
 class Generator:
@@ -164,12 +169,23 @@ class Generator:
             listener(text.push(chosen))
             return text.stopped
 
+        def on_stop(chosen: Chosen) -> None:
+            # It has no text, but whoever adds up log-probabilities has to know that it came, and how likely it was.
+            if sampling.logprobs is not None:
+                echo()
+                listener(text.ended_by(chosen))
+
         def on_end(reason: Reason) -> None:
             if reason in ("stop", "length"):
                 echo()
             listener(text.finish(reason))
 
-        return Job(prompt, sampling, on_token, on_end, scores.extend, number)
+        return Job(prompt, sampling, on_token, on_end, scores.extend, on_stop, number)
+
+    def require(self, name: str | None) -> None:
+        """Raise UnknownModel if somebody asks for another model than this one."""
+        if name not in (None, self.name):
+            raise UnknownModel(f"there is no model '{name}' here; there is '{self.name}'")
 
     def start(self, prompt: list[int], sampling: Sampling, listener: Listener) -> Job:
         """Queue one prompt. Raises ConfigError, QueueFull or Closed."""

@@ -44,6 +44,10 @@ class TextStream:
         self._ids = [*self._ids[-_CONTEXT + 1 :], chosen.token]
         return Piece(self._release(self._decoder.push(chosen.token)), [token])
 
+    def ended_by(self, chosen: Chosen) -> Piece:
+        """A token that ends the text, and is no part of it."""
+        return Piece("", [self.describe(self._ids, chosen)])
+
     def finish(self, reason: str) -> Piece:
         """What was held back, and why it ended."""
         text = "" if self.stopped else self._release(self._decoder.finish())

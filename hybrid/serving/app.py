@@ -14,8 +14,8 @@ from starlette.exceptions import HTTPException
 
 from hybrid.errors import ConfigError, UserError
 from hybrid.generation.engine import Closed, QueueFull
-from hybrid.generation.generator import Generator
-from hybrid.serving import megatron, openai
+from hybrid.generation.generator import Generator, UnknownModel
+from hybrid.serving import megatron, openai, tokenizing
 from hybrid.serving.limits import Guard, Limits, error
 from hybrid.serving.metrics import Metrics
 
@@ -41,6 +41,7 @@ def create_app(model: Generator, limits: Limits | None = None, drain_seconds: fl
     )
     app.include_router(openai.router(model, metrics))
     app.include_router(megatron.router(model, metrics))
+    app.include_router(tokenizing.router(model))
     _add_failures(app, metrics)
 
     @app.get("/health", responses={503: {"description": "The model has failed, or the server is ending."}})
@@ -97,7 +98,7 @@ def _add_failures(app: FastAPI, metrics: Metrics) -> None:
         for kind, status, name in (
             (QueueFull, 429, "rate_limit_error"),
             (Closed, 503, "server_error"),
-            (openai.UnknownModel, 404, "invalid_request_error"),
+            (UnknownModel, 404, "invalid_request_error"),
         ):
             if isinstance(problem, kind):
                 return answer(request, status, str(problem), name)

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ class Asked:
         """Queue `n` texts for each prompt. Raises ConfigError, QueueFull or Closed. To be called in the event loop."""
         self._model, self._metrics, self._route = model, metrics, route
         self._loop = asyncio.get_running_loop()
-        self._pieces: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._pieces: deque[tuple[int, Piece]] = deque()
+        self._came = asyncio.Event()
         self._open = len(prompts) * n
         self._started = time.monotonic()
         self._last: dict[int, float] = {}
@@ -43,8 +45,10 @@ class Asked:
 
     def _listener(self, index: int) -> Listener:
         def listen(piece: Piece) -> None:
-            if not self._loop.is_closed():  # the server is gone, the engine is finishing
-                self._loop.call_soon_threadsafe(self._pieces.put_nowait, (index, piece))
+            # Waking the loop costs more than a token: only the first piece after it has taken all others does.
+            self._pieces.append((index, piece))
+            if len(self._pieces) == 1 and not self._loop.is_closed():  # closed: the server is gone
+                self._loop.call_soon_threadsafe(self._came.set)
 
         return listen
 
@@ -54,7 +58,11 @@ class Asked:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         while self._open:
-            index, piece = await self._pieces.get()
+            while not self._pieces:
+                self._came.clear()
+                if not self._pieces:  # what came since, before the event was cleared, wakes nobody
+                    await self._came.wait()
+            index, piece = self._pieces.popleft()
             self._note(index, piece)
             if piece.reason:
                 self._open -= 1

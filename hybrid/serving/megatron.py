@@ -93,6 +93,8 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
         scores: list[list[float | None]] = []
         for prompt, ids, text in zip(body.prompts, prompts, texts, strict=True):
             made = [token.token for token in text.tokens]
+            if body.logprobs and text.reason == "stop" and made[-1] in (model.tokenizer.eod, body.stop_token):
+                made.pop()
             every = made if body.logprobs else ids + made
             result["text"].append(
                 text.text if body.logprobs and not start else prompt + _without(text.text, prompt, body)
@@ -101,7 +103,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
             result["segments"].append(
                 [token_text(model.tokenizer, every[max(0, i - 4) : i], token) for i, token in enumerate(every)]
             )
-            scores.append([token.logprob for token in text.tokens][1:])
+            scores.append([token.logprob for token in text.tokens][1 : len(every)])
         if body.logprobs:
             result["logprobs"] = scores
         return result

@@ -28,18 +28,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-class UnknownModel(UserError):
-    """There is one model, and it is called otherwise."""
-
-
 def router(model: Generator, metrics: Metrics) -> APIRouter:
     """The routes for one model."""
     routes = APIRouter(responses=ERRORS)
     started = int(time.time())
-
-    def require(name: str | None) -> None:
-        if name not in (None, model.name):
-            raise UnknownModel(f"there is no model '{name}' here; there is '{model.name}'")
 
     @routes.get("/v1/models")
     async def models() -> form.ModelList:
@@ -49,7 +41,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> form.ModelEntry:
         """What is known of a model."""
-        require(name)
+        model.require(name)
         return entry()
 
     def entry() -> form.ModelEntry:
@@ -61,7 +53,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     @routes.post("/v1/completions", response_model=form.CompletionResponse)
     async def completions(body: form.CompletionRequest, request: Request) -> Any:
         """Texts that follow prompts; with `stream`, as server-sent events."""
-        require(body.model)
+        model.require(body.model)
         prompts = [model.encode(prompt) for prompt in body.prompts()]
         echo = bool(body.echo)
         most = 16 if body.max_tokens is None else body.max_tokens
@@ -100,7 +92,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=form.ChatResponse)
     async def chat(body: form.ChatRequest, request: Request) -> Any:
         """The assistant's next turn of a chat; with `stream`, as server-sent events."""
-        require(body.model)
+        model.require(body.model)
         prompt = model.encode(render(model.chat_template, _plain(body.messages)))
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         rest = max(0, model.engine.runner.room.max_length - len(prompt))

@@ -173,7 +173,7 @@ def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy) -> None:
         ("a", {"max_tokens": 64}, "max_tokens: is 64, and the prompt has 1 tokens; together they may be 64"),
         ("a", {"top_q": 1}, "top_q: is no setting; there are echo, ignore_end"),
         ("a", {"temperature": -1, "top_p": 0}, "temperature: is -1; .*\ntop_p: is 0; "),
-        ("a", {"stop_tokens": (-3,)}, "prompt: has token -3"),
+        ("a", {"stop_tokens": (-3,)}, "stop_tokens: has token -3"),
     ],
 )
 def test_wrong_requests_are_refused_at_once(model: Generator, prompt: Any, settings: dict[str, Any], says: str) -> None:
