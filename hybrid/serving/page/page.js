@@ -74,13 +74,32 @@ function describe(span) {
     const own = document.createElement("b");
     own.textContent = `${shown(token.text)} ${percent(token.logprob)}`;
     box.append(own);
-    for (const [text, logprob] of Object.entries(token.top).sort((a, b) => b[1] - a[1])) {
-      if (text === token.text) continue;
-      const other = document.createElement("span");
-      other.textContent = `${shown(text)} ${percent(logprob)}`;
-      box.append(other);
-    }
+    const likely = Object.entries({ ...token.top, [token.text]: token.logprob }).sort((a, b) => b[1] - a[1]);
+    for (const [text, logprob] of likely) box.append(row(text, logprob, text === token.text));
   }
+}
+
+function row(text, logprob, own) {
+  const line = document.createElement("div");
+  line.className = own ? "row own" : "row";
+  const [name, bar, share] = ["span", "span", "span"].map((kind) => line.appendChild(document.createElement(kind)));
+  name.textContent = shown(text);
+  bar.className = "bar";
+  bar.append(document.createElement("i"));
+  bar.style.setProperty("--share", percent(logprob));
+  share.textContent = percent(logprob);
+  return line;
+}
+
+// The token that ended the text has none of its own.
+function end() {
+  if (!pending.length) return;
+  const span = document.createElement("span");
+  span.className = "t end";
+  span.textContent = "end";
+  span.tokens = pending;
+  pending = [];
+  $("output").append(span);
 }
 
 function clear() {
@@ -110,16 +129,17 @@ async function generate(event) {
   running = new AbortController();
   $("go").disabled = true;
   $("stop_button").disabled = false;
+  $("output").classList.add("running");
   const body = settings();
   const prompt = document.createElement("span");
   prompt.className = "prompt";
   prompt.textContent = body.prompt;
   $("output").append(prompt);
   let tokens = 0, first = 0, ended = "stopped";
-  const say = (end) => {
+  const say = (how) => {
     const seconds = (performance.now() - first) / 1000;
     const speed = tokens > 1 && seconds > 0 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
-    $("speed").textContent = `${tokens} tokens${speed}${end ? `, ${end}` : ""}`;
+    $("speed").textContent = `${tokens} tokens${speed}, ${how || "running"}`;
   };
   try {
     const response = await fetch("v1/completions", {
@@ -140,7 +160,10 @@ async function generate(event) {
         tokens += choice.logprobs.tokens.length;
       }
       add(choice);
-      if (choice.finish_reason) ended = choice.finish_reason === "length" ? "as many as asked for" : "ended by itself";
+      if (choice.finish_reason) {
+        ended = choice.finish_reason === "length" ? "as many as asked for" : "ended by itself";
+        end();
+      }
       say();
     }
   } catch (problem) {
@@ -150,6 +173,7 @@ async function generate(event) {
     }
   }
   say(ended);
+  $("output").classList.remove("running");
   running = null;
   $("go").disabled = false;
   $("stop_button").disabled = true;
@@ -180,4 +204,5 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate(event);
   if (event.key === "Escape") stop();
 });
+if (matchMedia("(max-width: 56rem)").matches) $("settings").open = false;
 connect();
