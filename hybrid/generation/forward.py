@@ -23,6 +23,7 @@ from hybrid.generation.weights import (
     Mamba1,
     Mamba2,
     Mlp,
+    Norm,
     Weights,
 )
 
@@ -40,15 +41,16 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
     rotary = _rotary(weights, positions)
     batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
     for layer, state in zip(weights.layers, slots.layers, strict=True):
+        normed = layer_norm(layer)(hidden)
         match layer, state:
             case Mamba2(), MambaState():
-                mixed = _mamba2(layer, hidden, state, batch, start)
+                mixed = _mamba2(layer, normed, state, batch, start)
             case Mamba1(), MambaState():
-                mixed = _mamba1(weights, layer, hidden, state, batch, start)
+                mixed = _mamba1(weights, layer, normed, state, batch, start)
             case Attention() | Latent(), AttentionState():
-                mixed = _attention(layer, hidden, state, batch, start, rotary)
+                mixed = _attention(layer, normed, state, batch, start, rotary)
             case _:
-                mixed = _mlp_or_experts(layer, hidden.flatten(0, 1)).view_as(hidden)
+                mixed = _mlp_or_experts(layer, normed.flatten(0, 1)).view_as(hidden)
         hidden = hidden + _summed(weights, layer, mixed)
     slots.advance(rows, length)
     return weights.final_norm(hidden)
@@ -67,19 +69,27 @@ def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor
     lengths = [length + 1 for length in slots.lengths[:count]]
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
-    for layer, state in zip(weights.layers, slots.layers, strict=True):
+    norms = [*map(layer_norm, weights.layers), weights.final_norm]
+    normed = norms[0](hidden)
+    for layer, state, norm in zip(weights.layers, slots.layers, norms[1:], strict=True):
         match layer, state:
             case Mamba2(), MambaState():
-                mixed = _mamba2_step(layer, hidden, state, count)
+                mixed = _mamba2_step(layer, normed, state, count)
             case Mamba1(), MambaState():
-                mixed = _mamba1_step(weights, layer, hidden, state)
+                mixed = _mamba1_step(weights, layer, normed, state)
             case Attention() | Latent(), AttentionState():
-                mixed = _attention_step(layer, hidden, state, positions, lengths, rotary)
+                mixed = _attention_step(layer, normed, state, positions, lengths, rotary)
             case _:
-                mixed = _mlp_or_experts(layer, hidden)
-        hidden = hidden + _summed(weights, layer, mixed)
+                mixed = _mlp_or_experts(layer, normed)
+        hidden, normed = ops.add_norm(hidden, _summed(weights, layer, mixed), norm)
     seen += 1
-    return logits(weights, weights.final_norm(hidden))
+    return logits(weights, normed)
+
+
+def layer_norm(layer: Layer) -> Norm:
+    """What the input of a layer goes through."""
+    assert layer.norm is not None  # an expert has none, and is no layer
+    return layer.norm
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
@@ -137,10 +147,10 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def _mamba2(layer: Mamba2, hidden: Tensor, state: MambaState, rows: slice | list[int], start: int) -> Tensor:
-    """hidden (B, L, h) to (B, L, h)."""
+def _mamba2(layer: Mamba2, normed: Tensor, state: MambaState, rows: slice | list[int], start: int) -> Tensor:
+    """normed (B, L, h) to (B, L, h)."""
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
-    z, xBC, dt = layer.in_proj(layer.norm(hidden)).split([inner, channels, heads], dim=-1)
+    z, xBC, dt = layer.in_proj(normed).split([inner, channels, heads], dim=-1)
     before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
     xBC, state.conv[rows] = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0])
     x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
@@ -149,30 +159,30 @@ def _mamba2(layer: Mamba2, hidden: Tensor, state: MambaState, rows: slice | list
     y, state.ssm[rows] = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
     # Normed as rows of their own, as one position is.
     y, z = y.reshape(-1, inner), z.reshape(-1, inner)
-    normed = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
-    return layer.out_proj(normed).view_as(hidden)
+    gated = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
+    return layer.out_proj(gated).view_as(normed)
 
 
-def _mamba2_step(layer: Mamba2, hidden: Tensor, state: MambaState, count: int) -> Tensor:
-    """hidden (B, h) to (B, h), of which `count` rows are looked at: between the two products no others are computed."""
+def _mamba2_step(layer: Mamba2, normed: Tensor, state: MambaState, count: int) -> Tensor:
+    """normed (B, h) to (B, h), of which `count` rows are looked at: between the two products no others are computed."""
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
-    projected = layer.in_proj(layer.norm(hidden))[:count]
+    projected = layer.in_proj(normed)[:count]
     z, xBC, dt = projected.split_with_sizes((inner, channels, heads), -1)
     xBC = ops.conv_step(xBC, state.conv[:count], layer.taps, layer.conv_bias)
     x, BC = xBC.split_with_sizes((inner, channels - inner), -1)
     x = x.view(count, heads, layer.head_dim)
     B, C = BC.view(count, 2, layer.groups, layer.state_dim).unbind(1)
     y = ops.ssm_step(state.ssm[:count], x, dt, layer.dt_bias, layer.A, B, C, layer.D)
-    normed = ops.gated_norm(y.flatten(1), z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
-    beside = hidden.shape[0] - count
-    return layer.out_proj(F.pad(normed, (0, 0, 0, beside)) if beside else normed)
+    gated = ops.gated_norm(y.flatten(1), z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
+    beside = normed.shape[0] - count
+    return layer.out_proj(F.pad(gated, (0, 0, 0, beside)) if beside else gated)
 
 
 def _mamba1(
-    weights: Weights, layer: Mamba1, hidden: Tensor, state: MambaState, rows: slice | list[int], start: int
+    weights: Weights, layer: Mamba1, normed: Tensor, state: MambaState, rows: slice | list[int], start: int
 ) -> Tensor:
-    """hidden (B, L, h) to (B, L, h)."""
-    x, z = layer.in_proj(layer.norm(hidden)).chunk(2, dim=-1)
+    """normed (B, L, h) to (B, L, h)."""
+    x, z = layer.in_proj(normed).chunk(2, dim=-1)
     before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
     x, state.conv[rows] = prefill_kernels.conv(x, layer.conv, layer.conv_bias, before[0])
     low, B, C = _low(weights, layer, x)
@@ -182,15 +192,15 @@ def _mamba1(
     return layer.out_proj(y)
 
 
-def _mamba1_step(weights: Weights, layer: Mamba1, hidden: Tensor, state: MambaState) -> Tensor:
-    """hidden (B, h) to (B, h)."""
-    batch = len(hidden)
-    x, z = layer.in_proj(layer.norm(hidden)).chunk(2, dim=-1)
+def _mamba1_step(weights: Weights, layer: Mamba1, normed: Tensor, state: MambaState) -> Tensor:
+    """normed (B, h) to (B, h)."""
+    batch = len(normed)
+    x, z = layer.in_proj(normed).chunk(2, dim=-1)
     x = ops.conv_step(x, state.conv[:batch], layer.taps, layer.conv_bias)
     low, B, C = _low(weights, layer, x)
     dt = ops.softplus(layer.dt_proj(low).float() + layer.dt_bias)
     y = ops.scan_step(state.ssm[:batch], x, dt, layer.A, B, C, layer.D)
-    return layer.out_proj((y * ops.silu(z.float())).to(hidden.dtype))
+    return layer.out_proj((y * ops.silu(z.float())).to(normed.dtype))
 
 
 def _low(weights: Weights, layer: Mamba1, x: Tensor) -> tuple[Tensor, ...]:
@@ -203,13 +213,13 @@ def _low(weights: Weights, layer: Mamba1, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _heads(
-    layer: Attention | Latent, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    layer: Attention | Latent, normed: Tensor, rotary: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (..., h) to query (..., Q, E), key and value (..., K, E)."""
+    """normed (..., h) to query (..., Q, E), key and value (..., K, E)."""
     if isinstance(layer, Latent):
-        return _latent_heads(layer, layer.norm(hidden), rotary)
+        return _latent_heads(layer, normed, rotary)
     per_group = layer.heads // layer.groups
-    grouped = layer.qkv(layer.norm(hidden)).unflatten(-1, (layer.groups, per_group + 2, layer.head_dim))
+    grouped = layer.qkv(normed).unflatten(-1, (layer.groups, per_group + 2, layer.head_dim))
     query, key, value = grouped.split([per_group, 1, 1], dim=-2)
     query, key, value = query.flatten(-3, -2), key.squeeze(-2), value.squeeze(-2)
     return _rotate(query, rotary), _rotate(key, rotary), value
@@ -231,14 +241,14 @@ def _latent_heads(layer: Latent, normed: Tensor, rotary: tuple[Tensor, Tensor] |
 
 def _attention(
     layer: Attention | Latent,
-    hidden: Tensor,
+    normed: Tensor,
     state: AttentionState,
     rows: slice | list[int],
     start: int,
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """hidden (B, L, h) to (B, L, h)."""
-    query, key, value = (tensor.transpose(1, 2) for tensor in _heads(layer, hidden, rotary))
+    """normed (B, L, h) to (B, L, h)."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in _heads(layer, normed, rotary))
     length, end = query.shape[2], start + query.shape[2]
     state.key[rows, :, start:end] = key
     state.value[rows, :, start:end] = value
@@ -254,29 +264,25 @@ def _attention(
 
 def _attention_step(
     layer: Attention | Latent,
-    hidden: Tensor,
+    normed: Tensor,
     state: AttentionState,
     positions: Tensor,
     lengths: list[int],
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """hidden (B, h) to (B, h); positions (B) are those of the tokens."""
-    batch = len(hidden)
-    query, key, value = _heads(layer, hidden, rotary)
-    rows = torch.arange(batch, device=hidden.device)
-    state.key[rows, :, positions] = key
-    state.value[rows, :, positions] = value
+    """normed (B, h) to (B, h); positions (B) are those of the tokens."""
+    batch = len(normed)
+    query, key, value = _heads(layer, normed, rotary)
+    ops.keep(key, value, state.key[:batch], state.value[:batch], positions)
     context = ops.attend(query, state.key[:batch], state.value[:batch], lengths, positions + 1)
     return layer.out(context.flatten(1))
 
 
-def _mlp_or_experts(layer: Layer, hidden: Tensor) -> Tensor:
-    """hidden (tokens, h) to (tokens, h)."""
+def _mlp_or_experts(layer: Layer, normed: Tensor) -> Tensor:
+    """normed (tokens, h) to (tokens, h)."""
     if isinstance(layer, Mlp):
-        assert layer.norm is not None
-        return _mlp(layer, layer.norm(hidden))
+        return _mlp(layer, normed)
     assert isinstance(layer, Experts)
-    normed = layer.norm(hidden)
     routed = _experts(layer, normed)
     return routed if layer.shared is None else routed + _mlp(layer.shared, normed)
 

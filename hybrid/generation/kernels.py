@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _jit: Any = triton.jit
+_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 
 
 @_jit
@@ -116,30 +117,87 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
 
 
 @_jit
+def _add_norm(hidden, mixed, weight, total, out, size, mixed_row, eps, BLOCK: tl.constexpr):
+    """One row. The sum is rounded to its type before it is normed, as it is in two steps."""
+    row = tl.program_id(0).to(tl.int64)
+    offset = tl.arange(0, BLOCK)
+    inside = offset < size
+    before = tl.load(hidden + row * size + offset, mask=inside, other=0.0).to(tl.float32)
+    both = before + tl.load(mixed + row * mixed_row + offset, mask=inside, other=0.0).to(tl.float32)
+    rounded = both.to(total.dtype.element_ty)
+    tl.store(total + row * size + offset, rounded, mask=inside)
+    both = rounded.to(tl.float32)
+    scaled = both * tl.rsqrt(tl.sum(both * both, axis=0) / size + eps)
+    scaled *= tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * size + offset, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(hidden: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `ops.add_norm`, for an RMSNorm: hidden (B, h) contiguous, mixed (B, h) any row stride."""
+    batch, size = hidden.shape
+    total, out = torch.empty_like(hidden), torch.empty_like(hidden)
+    block = triton.next_power_of_2(size)
+    warps = max(4, min(16, block // 512))
+    _add_norm[(batch,)](
+        hidden, mixed, weight, total, out, size, mixed.stride(0), eps, BLOCK=block, num_warps=warps
+    )  # fmt: skip
+    return total, out
+
+
+@_jit
+def _keep(
+    new_key, new_value, key, value, positions, row_stride, head_stride, new_row, new_head,
+    E: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One key-value head of one sequence."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    e = tl.arange(0, BLOCK_E)
+    source = row * new_row + head * new_head + e
+    target = row * row_stride + head * head_stride + tl.load(positions + row) * E + e
+    tl.store(key + target, tl.load(new_key + source, mask=e < E), mask=e < E)
+    tl.store(value + target, tl.load(new_value + source, mask=e < E), mask=e < E)
+
+
+def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """As `ops.keep`: the new ones lie alike, key and value are contiguous."""
+    batch, heads, width = new_key.shape
+    if new_key.stride() != new_value.stride() or new_key.stride(2) != 1:  # one of them was turned
+        new_key, new_value = new_key.contiguous(), new_value.contiguous()
+    _keep[(batch, heads)](
+        new_key, new_value, key, value, positions, key.stride(0), key.stride(1), new_key.stride(0), new_key.stride(1),
+        E=width, BLOCK_E=triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
+@_jit
 def _attend(
-    query, key, value, lengths, out, scale, heads, positions, q_row, row_stride,
-    PER_GROUP: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+    query, key, value, lengths, out, largest_out, total_out, scale, groups, positions, q_row, row_stride,
+    PER_GROUP: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The queries that share one key-value head, of one sequence; keys a block at a time (online softmax)."""
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """The queries that share one key-value head, of one sequence, over one of SPLITS parts of its keys (online
+    softmax): what they add up to, not divided yet, and by what it is to be divided and scaled."""
+    row, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     q, e, t = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
     inside = (q[:, None] < PER_GROUP) & (e[None, :] < E)
-    place = (group * PER_GROUP + q[:, None]) * E + e[None, :]
-    asked = tl.load(query + row * q_row + place, mask=inside, other=0.0).to(tl.float32) * scale
-    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    asked = tl.load(
+        query + row * q_row + (group * PER_GROUP + q[:, None]) * E + e[None, :], mask=inside, other=0.0
+    ).to(tl.float32) * scale  # fmt: skip
+    largest = tl.full([BLOCK_Q], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     base = row * row_stride + group.to(tl.int64) * positions * E
-    start = 0
-    while start < length:
-        here = start + t < length
+    part = (length + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
+    start = split * part
+    end = tl.minimum(start + part, length)
+    while start < end:
+        here = start + t < end
         block = base + (start + t[:, None]) * E + e[None, :]
         mask = here[:, None] & (e[None, :] < E)
         keys = tl.load(key + block, mask=mask, other=0.0).to(tl.float32)
         scores = tl.sum(asked[:, None, :] * keys[None, :, :], axis=2)
-        scores = tl.where(here[None, :], scores, float("-inf"))
+        scores = tl.where(here[None, :], scores, -1.0e30)
         larger = tl.maximum(largest, tl.max(scores, axis=1))
         shares, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
         values = tl.load(value + block, mask=mask, other=0.0).to(tl.float32)
@@ -147,8 +205,23 @@ def _attend(
         total = total * kept + tl.sum(shares, axis=1)
         largest = larger
         start += BLOCK_T
-    result = result / total[:, None]
-    tl.store(out + row * heads * E + place, result.to(out.dtype.element_ty), mask=inside)
+    head = (row * groups + group) * PER_GROUP + q
+    tl.store(out + (head[:, None] * SPLITS + split) * E + e[None, :], result, mask=inside)
+    tl.store(largest_out + head * SPLITS + split, largest, mask=q < PER_GROUP)
+    tl.store(total_out + head * SPLITS + split, total, mask=q < PER_GROUP)
+
+
+@_jit
+def _combine(parts, largest, total, out, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The parts of one head. One without keys has a total of 0, and the smallest maximum."""
+    head = tl.program_id(0).to(tl.int64)
+    split, e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_E)
+    own = tl.load(largest + head * SPLITS + split)
+    share = tl.exp(own - tl.max(own, axis=0))
+    inside = (e < E)[None, :] & (split >= 0)[:, None]
+    values = tl.load(parts + (head * SPLITS + split[:, None]) * E + e[None, :], mask=inside, other=0.0)
+    result = tl.sum(values * share[:, None], axis=0) / tl.sum(tl.load(total + head * SPLITS + split) * share, axis=0)
+    tl.store(out + head * E + e, result.to(out.dtype.element_ty), mask=e < E)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
@@ -161,8 +234,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
     block_q = triton.next_power_of_2(per_group)
     block_e = triton.next_power_of_2(width)
     block_t = max(4, 8192 // (block_q * block_e))
-    _attend[(batch, groups)](
-        query, key, value, lengths, out, width**-0.5, heads, positions, query.stride(0), key.stride(0),
-        PER_GROUP=per_group, E=width, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e,
+    # Few sequences would leave most of a GPU idle for as long as one of them takes: then several programs share one.
+    splits = max(1, min(16, triton.next_power_of_2(_PROGRAMS // (batch * groups) + 1) // 2))
+    made = {"device": query.device, "dtype": torch.float32}
+    parts = torch.empty(batch, heads, splits, width, **made)
+    largest, total = torch.empty(batch, heads, splits, **made), torch.empty(batch, heads, splits, **made)
+    _attend[(batch, groups, splits)](
+        query, key, value, lengths, parts, largest, total, width**-0.5, groups, positions,
+        query.stride(0), key.stride(0),
+        PER_GROUP=per_group, E=width, SPLITS=splits, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e,
     )  # fmt: skip
+    _combine[(batch * heads,)](parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e)
     return out

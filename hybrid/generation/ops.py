@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.generation.weights import rms_norm
+from hybrid.generation.weights import Norm, rms_norm
 
 
 def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -59,6 +59,28 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
         return kernels.gated_norm(y, z, weight, groups, eps)
     gated = (y.float() * silu(z.float())).unflatten(-1, (groups, -1))
     return (rms_norm(gated, eps).flatten(-2) * weight.float()).to(y.dtype)
+
+
+def add_norm(hidden: Tensor, mixed: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """A layer's result to what came before it, and the norm of both: hidden and mixed (B, h); returns (B, h) twice."""
+    if hidden.is_cuda and norm.bias is None:
+        from hybrid.generation import kernels
+
+        return kernels.add_norm(hidden, mixed, norm.weight, norm.eps)
+    hidden = hidden + mixed
+    return hidden, norm(hidden)
+
+
+def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Put new keys and values (B, K, E), any strides, where they belong in key and value (B, K, T, E)."""
+    if key.is_cuda and key.shape[-1] == value.shape[-1]:
+        from hybrid.generation import kernels
+
+        kernels.keep(new_key, new_value, key, value, positions)
+        return
+    rows = torch.arange(positions.shape[0], device=key.device)
+    key[rows, :, positions] = new_key
+    value[rows, :, positions] = new_value
 
 
 def softplus(x: Tensor) -> Tensor:

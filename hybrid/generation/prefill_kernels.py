@@ -10,6 +10,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,11 +30,15 @@ def _installed(module: str) -> bool:
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """x (B, L, C), weight (C, W), bias (C), state (B, W, C); returns y (B, L, C) and the state after it."""
-    if x.is_cuda and state is None and _installed("causal_conv1d"):
+    # Its kernel wants rows of channels that start at multiples of eight.
+    if x.is_cuda and x.shape[2] % 8 == 0 and _installed("causal_conv1d"):
         fused: Any = import_module("causal_conv1d")
-        y = fused.causal_conv1d_fn(x.transpose(1, 2), weight, bias, activation="silu").transpose(1, 2)
-        width, length = weight.shape[1], x.shape[1]
-        return y, F.pad(x[:, -width:], (0, 0, max(0, width - length), 0))
+        x = x if x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else x.contiguous()
+        width = weight.shape[1]
+        past = None if state is None else state[:, 1:].transpose(1, 2)
+        y = fused.causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=past, activation="silu")
+        before = x.new_zeros(x.shape[0], width, x.shape[2]) if state is None else state
+        return y.transpose(1, 2), torch.cat([before, x[:, -width:]], dim=1)[:, -width:]
     before = None if state is None else state.transpose(1, 2)
     y, last = causal_conv1d(x, weight, bias, initial_state=before, return_final_state=True)
     return y, last.transpose(1, 2)

@@ -50,12 +50,23 @@ class Runner:
         self.prefill_together = min(room.slots, _MOST_PREFILLED_TOGETHER) if together else 1
         self.reading_rows = range(self._batch(room.slots), self._batch(room.slots) + min(room.slots, 8))
         self._slots = allocate(weights, self.reading_rows.stop, room.max_length, room.ssm_dtype)
+        if self._cuda:
+            self._warm_up()
         self._graphs = None
         # How many tokens an expert gets is known to the host alone, which a graph leaves out.
         if self._cuda and room.graphs and not any(isinstance(layer, Experts) for layer in weights.layers):
             self._graphs = DecodeGraphs(
                 weights, self._slots, sorted({self._batch(n) for n in range(1, room.slots + 1)})
             )
+
+    def _warm_up(self) -> None:
+        """Let the kernels that read prompts be compiled and chosen before somebody waits for that: a minute, at most."""
+        row = self.reading_rows[0]
+        length = max(1, min(self.room.prefill_chunk, self.room.max_length // 2))
+        for _ in range(min(2, self.room.max_length)):  # from nothing, and from what has been read
+            tokens = torch.zeros(1, length, dtype=torch.int64, device=self.weights.device)
+            forward.logits(self.weights, forward.prefill(self.weights, self._slots, [row], tokens)[:, -1:])
+        self._slots.reset(row)
 
     def reset(self, row: int) -> None:
         """Make a row that of a sequence that has seen nothing."""

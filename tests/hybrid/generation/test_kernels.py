@@ -100,6 +100,42 @@ def test_attention(dtype: torch.dtype, heads: int, groups: int, width: int) -> N
     given = [t.float().cpu() for t in (query, key, value)]
     expected = ops.attend(*given, lengths.tolist(), lengths)
     _close(kernels.attend(query, key, value, lengths.to(DEVICE)), expected, LIMITS[dtype])
+    # One sequence's keys are shared by more programs than three sequences'; as many as there are for a whole batch
+    # leave it to one.
+    for row, length in enumerate(lengths.tolist()):
+        alone = [t[row : row + 1] for t in (query, key, value)]
+        _close(kernels.attend(*alone, lengths[row : row + 1].to(DEVICE)), expected[row : row + 1], LIMITS[dtype])
+        assert length == lengths[row]
+    many = [t.repeat(60, *[1] * (t.ndim - 1)) for t in (query, key[:, :, :40], value[:, :, :40])]
+    short = lengths.clamp(max=40).repeat(60)
+    expected = ops.attend(*[t.float().cpu() for t in many], short.tolist(), short)
+    if not INTERPRETED:  # which takes a while for a program
+        _close(kernels.attend(*many, short.to(DEVICE)), expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_new_keys_and_values_go_where_they_belong(dtype: torch.dtype) -> None:
+    from hybrid.generation import kernels
+
+    qkv = _random(3, 2, 5, 24, dtype=dtype)  # per key-value head its queries, key, value
+    key, value = _random(3, 2, 9, 24, dtype=dtype, seed=1), _random(3, 2, 9, 24, dtype=dtype, seed=2)
+    positions = torch.tensor([0, 8, 4], device=DEVICE)
+    expected = [key.cpu().clone(), value.cpu().clone()]
+    ops.keep(qkv[:, :, 3].cpu(), qkv[:, :, 4].cpu(), *expected, positions.cpu())
+    kernels.keep(qkv[:, :, 3], qkv[:, :, 4], key, value, positions)
+    assert torch.equal(key.cpu(), expected[0]) and torch.equal(value.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sum_and_norm(dtype: torch.dtype) -> None:
+    from hybrid.generation import kernels
+    from hybrid.generation.weights import Norm
+
+    hidden, mixed, weight = _random(3, 96, dtype=dtype), _random(3, 96, dtype=dtype, seed=1), _random(96, dtype=dtype)
+    wide = [t.float().cpu() for t in (hidden, mixed, weight)]
+    expected = ops.add_norm(wide[0], wide[1], Norm(wide[2], None, 1e-5))
+    for found, right in zip(kernels.add_norm(hidden, mixed, weight, 1e-5), expected, strict=True):
+        _close(found, right, LIMITS[dtype])
 
 
 @pytest.mark.gpu
