@@ -235,10 +235,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
     block_e = triton.next_power_of_2(width)
     block_t = max(4, 8192 // (block_q * block_e))
     # Few sequences would leave most of a GPU idle for as long as one of them takes: then several programs share one.
-    splits = max(1, min(16, triton.next_power_of_2(_PROGRAMS // (batch * groups) + 1) // 2))
-    made = {"device": query.device, "dtype": torch.float32}
-    parts = torch.empty(batch, heads, splits, width, **made)
-    largest, total = torch.empty(batch, heads, splits, **made), torch.empty(batch, heads, splits, **made)
+    splits = next(n for n in (16, 8, 4, 2, 1) if n * batch * groups <= _PROGRAMS or n == 1)
+    parts = torch.empty(batch, heads, splits, width, device=query.device, dtype=torch.float32)
+    largest, total = torch.empty(2, batch, heads, splits, device=query.device, dtype=torch.float32)
     _attend[(batch, groups, splits)](
         query, key, value, lengths, parts, largest, total, width**-0.5, groups, positions,
         query.stride(0), key.stride(0),

@@ -60,7 +60,7 @@ class Runner:
             )
 
     def _warm_up(self) -> None:
-        """Let the kernels that read prompts be compiled and chosen before somebody waits for that: a minute, at most."""
+        """Let the kernels that read prompts be compiled and chosen before somebody waits for that minute."""
         row = self.reading_rows[0]
         length = max(1, min(self.room.prefill_chunk, self.room.max_length // 2))
         for _ in range(min(2, self.room.max_length)):  # from nothing, and from what has been read
