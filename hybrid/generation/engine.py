@@ -4,6 +4,7 @@ A thread of its own goes round: take in what waits, read one piece of one prompt
 that have been read. So a long prompt holds the others up by one piece at a time, and several prompts take turns.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -172,6 +173,7 @@ class Engine:
                     self._decode()
             self.runner.stop()
         except BaseException as error:  # whatever it is, those who wait must hear of it
+            logging.getLogger(__name__).error("the model failed while it was computing", exc_info=error)
             with self._changed:
                 self.failure = error
             for job in [*self._decoding, *self._reading, *self._waiting]:

@@ -33,7 +33,7 @@ def somewhere(request: pytest.FixtureRequest) -> None:
 def test_all_of_these_in_the_interpreter() -> None:
     # Without what other tests need: starting would take longer than all of these.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", "--noconftest", __file__]
     done = subprocess.run(command, env=environment, cwd=toy.ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-4000:]
 
