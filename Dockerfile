@@ -28,6 +28,7 @@ ARG MAX_JOBS=8
 ARG CAUSAL_CONV1D=1.7.0
 ARG MAMBA_SSM=2.3.2.post1
 ARG TRANSFORMER_ENGINE=2.20.2
+ARG FLA_CORE=0.5.2
 # Their own lists of architectures are fixed, so this compiler, which torch's builds ask for, takes ours for them.
 RUN { echo '#!/bin/bash'; \
       echo 'words=(); for arch in $CUDA_ARCHS; do words+=(-gencode "arch=compute_$arch,code=sm_$arch"); done'; \
@@ -45,6 +46,8 @@ RUN [[ -z "$CUDA_ARCHS" ]] || CUDA_ARCHS="$CUDA_ARCHS" MAX_JOBS="$MAX_JOBS" \
 # Its kernels come compiled; what binds them to torch is compiled here.
 RUN [[ -z "$CUDA_ARCHS" ]] || MAX_JOBS="$MAX_JOBS" \
     pip install --no-build-isolation "transformer-engine[core_cu13,pytorch]==${TRANSFORMER_ENGINE}"
+# Kernels in Triton, for gated delta nets: nothing is compiled here.
+RUN [[ -z "$CUDA_ARCHS" ]] || pip install "fla-core[cuda]==${FLA_CORE}"
 
 WORKDIR /opt/hybrid-recipes
 # The packages that it needs, from its own list: this layer is made anew when the list changes, not when the code does.
