@@ -145,8 +145,13 @@ class Generator:
             self.engine.cancel(job)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; tokens are taken as they are."""
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        """The tokens of a prompt; tokens are taken as they are. Raises ConfigError for half a character."""
+        if not isinstance(prompt, str):
+            return list(prompt)
+        try:
+            return self.tokenizer.encode(prompt)
+        except (UnicodeError, TypeError):  # the latter is what Hugging Face's raise for it
+            raise ConfigError(Problem("prompt", "holds half of a character, which is no text in UTF-8")) from None
 
     def job(self, prompt: list[int], sampling: Sampling, listener: Listener, number: int = 0) -> Job:
         """A job whose text goes to `listener`, which is called on the engine's thread; the last piece has a reason.

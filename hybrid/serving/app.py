@@ -83,6 +83,10 @@ def _add_failures(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(problem, RequestValidationError)
         if any(each["type"] == "json_invalid" for each in problem.errors()):
             return answer(request, 400, "the body is no JSON", "invalid_request_error")
+        kind = request.headers.get("content-type", "")
+        if not kind.startswith("application/json") and isinstance(problem.body, bytes):
+            said = f"is '{kind}'" if kind else "is missing"
+            return answer(request, 400, f"content-type {said}; send application/json", "invalid_request_error")
         messages, first = [], None
         for each in problem.errors():
             place = ".".join(str(part) for part in each["loc"] if part != "body")

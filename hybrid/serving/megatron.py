@@ -16,7 +16,7 @@ from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import token_text
 from hybrid.serving.asking import Asked
 from hybrid.serving.metrics import Metrics
-from hybrid.serving.schemas import Form, Token
+from hybrid.serving.schemas import Form, Text, Token
 
 _REFUSED = {
     "top_p_decay": 0,
@@ -31,7 +31,7 @@ _REFUSED = {
 class ApiRequest(Form):
     """What a client sends."""
 
-    prompts: Annotated[list[str], Field(min_length=1, max_length=128)]
+    prompts: Annotated[list[Text], Field(min_length=1, max_length=128)]
     tokens_to_generate: Annotated[int, Field(ge=0)] = 64
     logprobs: bool = False
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0

@@ -6,13 +6,25 @@ Fields of OpenAI's that would change the text and are not there are refused by n
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hybrid.errors import ConfigError, Problem
 from hybrid.generation.sampling import Sampling
 
 MOST_TEXTS = 128
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a character, which is no text in UTF-8") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+"""JSON can write half of a pair of surrogates; no answer can."""
 
 
 class Form(BaseModel):
@@ -30,14 +42,14 @@ class StreamOptions(Form):
 class Common(Form):
     """What completions and chats have in common."""
 
-    model: str | None = None
+    model: Text | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -70,7 +82,7 @@ class Common(Form):
 class CompletionRequest(Common):
     """POST /v1/completions. A prompt is a text, tokens, or a list of either."""
 
-    prompt: str | list[Token] | list[str] | list[list[Token]]
+    prompt: Text | list[Token] | list[Text] | list[list[Token]]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = Field(None, description="as n only")
@@ -95,15 +107,15 @@ class TextPart(Form):
     """A part of a message; there are only texts."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Form):
     """One turn of a chat."""
 
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart]
-    name: str | None = None
+    role: Annotated[Text, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart]
+    name: Text | None = None
 
 
 class ChatRequest(Common):

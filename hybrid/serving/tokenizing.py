@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from hybrid.generation.generator import Generator
 from hybrid.serving.openai import ERRORS
-from hybrid.serving.schemas import Form, Token
+from hybrid.serving.schemas import Form, Text, Token
 
 _END = "<|endoftext|>"  # how the end of a document is written where the tokenizer has no text for it
 
@@ -15,8 +15,8 @@ _END = "<|endoftext|>"  # how the end of a document is written where the tokeniz
 class TokenizeRequest(Form):
     """POST /tokenize. The text that `/tokenizer_info` gives for the end of a document becomes that token."""
 
-    prompt: str
-    model: str | None = None
+    prompt: Text
+    model: Text | None = None
     add_special_tokens: Literal[False] = False
 
 

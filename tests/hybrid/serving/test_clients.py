@@ -87,6 +87,8 @@ def test_failures_are_those_of_the_package(client: openai.OpenAI, guarded: Serve
         ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
         ({"prompt": "a", "tools": []}, "tools: Extra inputs are not permitted"),
         ({"prompt": "a", "stop": [""]}, "stop: "),
+        ('{"prompt": "\\ud800"}', "holds half of a character"),
+        ('{"prompt": "a", "stop": "\\udc80"}', "holds half of a character"),
     ],
 )
 def test_bad_input_is_refused_in_openais_form(served: Served, body: object, says: str) -> None:
@@ -117,6 +119,16 @@ def test_megatrons_clients(served: Served) -> None:
         ]:
             refused = http.put("/api", json=wrong)
             assert refused.status_code == 400 and says in refused.json()
+        half = http.put("/api", content='{"prompts": ["\\udc80"]}', headers={"content-type": "application/json"})
+        assert half.status_code == 400 and "half of a character" in half.json()
+
+
+def test_a_body_that_is_not_called_json_is_refused(served: Served) -> None:
+    with served.client() as http:
+        answer = http.post("/v1/completions", content='{"prompt": "a"}')
+        assert answer.status_code == 400
+        assert answer.json()["error"]["message"] == "content-type is missing; send application/json"
+        assert "form-urlencoded'; send application/json" in http.post("/v1/completions", data={"prompt": "a"}).text
 
 
 def test_long_bodies_and_a_full_queue_are_refused(guarded: Served) -> None:
