@@ -52,7 +52,7 @@ def test_all_that_is_wrong_with_recipe_and_executor_is_said_at_once() -> None:
         *("executor.time", "executor.nodes", "executor.env", "executor.mounts", "executor.gpu")
     }
     with pytest.raises(ConfigError) as error:
-        launch(recipe, slurm(time="soon", container="nvcr.io#nvidia/pytorch", mounts=["/usr"]), dry_run=True)
+        launch(recipe, slurm(time="soon", container="registry.example#team/pytorch", mounts=["/usr"]), dry_run=True)
     found = set(problems(error)) - {"executor"}  # sbatch may be lacking
     assert found == {"executor.time", "trainer.global_batch_size", "folder"}
     assert "add executor.mounts+=" in problems(error)["folder"]

@@ -40,7 +40,7 @@ def job(executor: Slurm, devices: int = 8, **changes: object) -> SlurmJob:
 IN_CONTAINER = slurm(
     "research",
     nodes=2,
-    container="nvcr.io#nvidia/pytorch:25.11-py3",
+    container="registry.example#team/pytorch:25.11-py3",
     mounts=["/home/me", "/data/my corpus:/data"],
     srun=["--no-container-remap-root", "--comment=a b"],
 )

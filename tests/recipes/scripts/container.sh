@@ -86,7 +86,7 @@ running=yes
 
 # Command 1
 
-srun --output all --container-image 'nvcr.io#nvidia/pytorch:25.11-py3' --container-mounts /home/me:/home/me,'/data/my corpus:/data',/home/me/runs/tiny/jobs/experiments/tiny/tiny_20260101-120000/tiny:/nemo_run --container-workdir /nemo_run/code --container-env OMP_NUM_THREADS,PYTHONPATH,PYTHONSAFEPATH --wait=60 --kill-on-bad-exit=1 --container-workdir=/home/me --no-container-remap-root '--comment=a b' python3 -u -m recipes.torchrun "/nemo_run/ranks-$SLURM_JOB_ID" --nnodes 2 --nproc-per-node 8 -m recipes.worker "/nemo_run/recipe.yaml"
+srun --output all --container-image 'registry.example#team/pytorch:25.11-py3' --container-mounts /home/me:/home/me,'/data/my corpus:/data',/home/me/runs/tiny/jobs/experiments/tiny/tiny_20260101-120000/tiny:/nemo_run --container-workdir /nemo_run/code --container-env OMP_NUM_THREADS,PYTHONPATH,PYTHONSAFEPATH --wait=60 --kill-on-bad-exit=1 --container-workdir=/home/me --no-container-remap-root '--comment=a b' python3 -u -m recipes.torchrun "/nemo_run/ranks-$SLURM_JOB_ID" --nnodes 2 --nproc-per-node 8 -m recipes.worker "/nemo_run/recipe.yaml"
 
 exitcode=$?
 
