@@ -41,7 +41,7 @@ def hybrid(folder: Path, *arguments: str, **environment: str) -> "subprocess.Com
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert "Traceback" not in done.stderr + done.stdout, done.stderr
     return done
@@ -83,7 +83,7 @@ def test_cut_off_at_a_random_moment_and_run_again(place: Path, number: signal.Si
         time.sleep(0.02)
     time.sleep(random.uniform(0, 1))
     process.send_signal(number)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     if process.returncode != 0:  # it was not finished already
         assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), output
     if process.returncode == 130:

@@ -149,7 +149,7 @@ with Watchdog(0.5, 3, Path({str(tmp_path)!r})) as watchdog:
     watchdog.beat("act two")
     wait_for_godot()
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=toy.ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", script], cwd=toy.ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == watchdog.EXIT_CODE
     assert re.match(r"rank 3 made no progress for \d+ s \(faults.hang_seconds\) in: act two\. This", done.stderr)
     stacks = tmp_path / "hung_rank3.txt"
@@ -198,7 +198,7 @@ def test_a_signal_saves_and_the_exit_code_asks_for_another_start(tmp_path: Path,
     process = background(run, processes=2)
     wait_for_step(run, 3, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + number, err
     step = folder.latest_step(Path(run.folder) / "toy/checkpoints")
     assert f"interrupted: step {step} is saved" in out
@@ -212,7 +212,7 @@ def test_a_hung_rank_shows_its_threads_and_ends_the_run(tmp_path: Path) -> None:
     run = toy.settings(tmp_path, "hangs", steps=100)
     run.faults = FaultsConfig(hang_seconds=20)
     process = background(run, processes=2)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == watchdog.EXIT_CODE, out + err
     assert re.search(r"made no progress for \d+ s \(faults.hang_seconds\) in: step 3", err), err
     assert "most recent call first" in err
