@@ -49,8 +49,6 @@ function add(choice) {
   for (let i = 0; scores && i < scores.tokens.length; i++)
     pending.push({ text: scores.tokens[i], logprob: scores.token_logprobs[i], top: scores.top_logprobs[i] || {} });
   if (!choice.text) return;
-  const output = $("output");
-  const atEnd = output.scrollTop + output.clientHeight >= output.scrollHeight - 8;
   const span = document.createElement("span");
   span.className = "t";
   span.textContent = choice.text;
@@ -58,8 +56,7 @@ function add(choice) {
   const logprob = pending.reduce((sum, token) => sum + token.logprob, 0);
   if (pending.length) span.style.setProperty("--rare", (0.45 * (1 - Math.exp(logprob))).toFixed(3));
   pending = [];
-  output.append(span);
-  if (atEnd) output.scrollTop = output.scrollHeight;
+  $("output").append(span);
 }
 
 function describe(span) {
@@ -135,7 +132,16 @@ async function generate(event) {
   prompt.className = "prompt";
   prompt.textContent = body.prompt;
   $("output").append(prompt);
-  let tokens = 0, first = 0, ended = "stopped";
+  let tokens = 0, first = 0, ended = "stopped", follows = true, paused = performance.now();
+  const output = $("output");
+  const follow = () => { if (follows) output.scrollTop = output.scrollHeight; };
+  // A fast model's tokens would keep the browser from everything else: from drawing, and from the stop button.
+  const pause = async () => {
+    follow();
+    await new Promise((resume) => setTimeout(resume));
+    follows = output.scrollTop + output.clientHeight >= output.scrollHeight - 8;
+    paused = performance.now();
+  };
   const say = (how) => {
     const seconds = (performance.now() - first) / 1000;
     const speed = tokens > 1 && seconds > 0 ? `, ${((tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
@@ -165,6 +171,7 @@ async function generate(event) {
         end();
       }
       say();
+      if (performance.now() - paused > 30) await pause();
     }
   } catch (problem) {
     if (problem.name !== "AbortError") {
@@ -173,6 +180,7 @@ async function generate(event) {
     }
   }
   say(ended);
+  follow();
   $("output").classList.remove("running");
   running = null;
   $("go").disabled = false;
