@@ -9,7 +9,7 @@ from recipes.executors import KINDS
 
 
 def recipes(incomplete: str) -> list[tuple[str, str]]:
-    """Names of recipes and variants of them with their meaning; runs by their folder, files of recipes."""
+    """Names of recipes with their meaning, also within a variant as in `shrink(hyb`, and the variants."""
     before, parenthesis, name = incomplete.rpartition("(")
     found = [
         (f"{before}{parenthesis}{entry.name}{')' * incomplete.count('(')}", entry.summary)
