@@ -156,7 +156,8 @@ def _mamba2(layer: Mamba2, normed: Tensor, state: MambaState, rows: slice | list
     x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
     B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
     x = x.unflatten(-1, (heads, layer.head_dim))
-    y, state.ssm[rows] = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
+    y, last = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
+    state.ssm[rows] = last.to(state.ssm.dtype)
     # Normed as rows of their own, as one position is.
     y, z = y.reshape(-1, inner), z.reshape(-1, inner)
     gated = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
@@ -186,9 +187,8 @@ def _mamba1(
     before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
     x, state.conv[rows] = prefill_kernels.conv(x, layer.conv, layer.conv_bias, before[0])
     low, B, C = _low(weights, layer, x)
-    y, state.ssm[rows] = prefill_kernels.selective(
-        x, layer.dt_proj(low), layer.dt_bias, layer.A, B, C, layer.D, z, before[1]
-    )
+    y, last = prefill_kernels.selective(x, layer.dt_proj(low), layer.dt_bias, layer.A, B, C, layer.D, z, before[1])
+    state.ssm[rows] = last.to(state.ssm.dtype)
     return layer.out_proj(y)
 
 

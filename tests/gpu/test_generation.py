@@ -9,7 +9,7 @@ import torch
 from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
-from tests.hybrid.serving.conftest import MODEL, make_weights
+from tests.hybrid.generation.toys import MODEL, make_weights
 from tests.recipes.test_generating import checkpoint, greedy
 
 pytestmark = pytest.mark.gpu

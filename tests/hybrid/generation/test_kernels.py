@@ -142,7 +142,7 @@ def test_sum_and_norm(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="graphs are CUDA's")
 def test_a_graph_gives_what_its_kernels_give_one_by_one() -> None:
     from hybrid.generation.runner import Room, Runner
-    from tests.hybrid.serving.conftest import MODEL, make_weights
+    from tests.hybrid.generation.toys import MODEL, make_weights
 
     weights = make_weights(MODEL, device="cuda", dtype=torch.bfloat16)
     logits = []
