@@ -2,6 +2,10 @@
 
 A thread of its own goes round: take in what waits, read one piece of one prompt, decode one position of all sequences
 that have been read. So a long prompt holds the others up by one piece at a time, and several prompts take turns.
+
+Where the device computes by itself (CUDA), it is a step ahead: as long as no sequence comes or goes, the next step is
+launched with tokens that only the device knows, and the host hands those of the step before over meanwhile. A sequence
+that turns out to have ended has then been computed one position too far, which nobody sees.
 """
 
 import logging
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.runner import Runner
-from hybrid.generation.sampling import Chosen, Row, Sampling, choose, logprobs, new_key
+from hybrid.generation.sampling import Chosen, Row, Sampling, choose, logprobs, new_key, pick
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -51,6 +55,7 @@ class Job:
     slot: int = -1  # of the state, while its prompt is read
     read: int = 0  # positions of the prompt
     last: int = 0  # the token that is to be read next
+    ended: Reason | None = None  # why, once its last token is there; it may still hold a slot
     before: Tensor | None = None  # logits (vocabulary) of the last position that was read, if the prompt is scored
     submitted: float = field(default_factory=time.monotonic)
 
@@ -64,6 +69,21 @@ class Job:
         return self.sampling.echo and self.sampling.logprobs is not None
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose tokens the host has not looked at: those of `jobs`, on the device and on their way to the host."""
+
+    jobs: list[Job]
+    tokens: Tensor
+    copied: Tensor
+    done: torch.cuda.Event | None
+
+    def wait(self) -> list[int]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.copied.tolist()
+
+
 class Engine:
     """Runs jobs on a runner in a thread of its own; `submit` and `cancel` may be called from any thread."""
 
@@ -72,6 +92,8 @@ class Engine:
         self.runner, self.end, self.max_waiting = runner, end, max_waiting
         self.failure: BaseException | None = None
         self.steps = 0
+        self.ahead = runner.asynchronous
+        self._launched: _Launched | None = None
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._decoding: list[Job] = []
@@ -165,10 +187,12 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
-                self._drop_cancelled()
-                self._admit()
-                if self._reading:
-                    self._read()
+                if self._launched is None or not self._goes_on():
+                    self._settle()
+                    self._drop_cancelled()
+                    self._admit()
+                    if self._reading:
+                        self._read()
                 if self._decoding:
                     self._decode()
             self.runner.stop()
@@ -178,7 +202,7 @@ class Engine:
                 self.failure = error
             for job in [*self._decoding, *self._reading, *self._waiting]:
                 job.on_end("error")
-            self._decoding, self._reading = [], deque()
+            self._decoding, self._reading, self._launched = [], deque(), None
             self._waiting.clear()
 
     def _wait(self) -> bool:
@@ -269,14 +293,55 @@ class Engine:
         job.on_end(reason)
 
     def _decode(self) -> None:
-        logits = self.runner.step([job.last for job in self._decoding])
-        chosen = choose(logits, [job.row for job in self._decoding])
+        jobs = self._decoding
+        rows = [job.row for job in jobs]
+        before, self._launched = self._launched, None
+        logits = self.runner.step([job.last for job in jobs] if before is None else before.tokens)
         self.steps += 1
-        reasons: list[Reason | None] = [
-            self._take(job, token) for job, token in zip(self._decoding, chosen, strict=True)
-        ]
-        for slot in range(len(reasons) - 1, -1, -1):
-            reason = reasons[slot]
+        if self.ahead and all(row.blind for row in rows):
+            self._launched = self._launch(logits, 0 if before is None else 1)
+            if before is not None and self._hand_over(before):
+                self._settle()
+            return
+        for job, token in zip(list(jobs), choose(logits, rows), strict=True):
+            job.ended = self._take(job, token)
+        self._leave_ended()
+
+    def _launch(self, logits: Tensor, ahead: int) -> _Launched:
+        tokens = pick(logits, [job.row for job in self._decoding], ahead)
+        if not tokens.is_cuda:
+            return _Launched(list(self._decoding), tokens, tokens, None)
+        copied, done = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event()
+        copied.copy_(tokens, non_blocking=True)
+        done.record()
+        return _Launched(list(self._decoding), tokens, copied, done)
+
+    def _goes_on(self) -> bool:
+        """Whether the next step is of the same sequences, whatever the tokens are that were just launched."""
+        comes = bool(self._reading) or (self._waiting and self._free and self.running < self.runner.room.slots)
+        return not comes and all(
+            not job.cancelled and job.row.blind and job.row.position + 1 < job.sampling.max_tokens
+            for job in self._decoding
+        )
+
+    def _settle(self) -> None:
+        """Hand over the tokens of the launched step; then there is none."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            self._hand_over(launched)
+        self._leave_ended()
+
+    def _hand_over(self, launched: _Launched) -> bool:
+        """Give each job its token, unless it ended with the one before; returns whether one has ended."""
+        for job, token in zip(launched.jobs, launched.wait(), strict=True):
+            if job.ended is None:
+                job.row.take(token)
+                job.ended = self._take(job, Chosen(token))
+        return any(job.ended for job in launched.jobs)
+
+    def _leave_ended(self) -> None:
+        for slot in range(len(self._decoding) - 1, -1, -1):
+            reason = self._decoding[slot].ended
             if reason is not None:
                 self._leave(slot, reason)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.generation import ops, prefill_kernels
-from hybrid.generation.state import AttentionState, MambaState, Slots
+from hybrid.generation.state import AttentionState, MambaState, Slots, to_device
 from hybrid.generation.weights import (
     GATED_NORM_EPSILON,
     Attention,
@@ -39,7 +39,7 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
     positions = torch.arange(start, start + length, device=tokens.device)
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
-    batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+    batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else to_device(rows, torch.int64, tokens.device)
     for layer, state in zip(weights.layers, slots.layers, strict=True):
         normed = layer_norm(layer)(hidden)
         match layer, state:
@@ -62,7 +62,7 @@ def decode(weights: Weights, slots: Slots, count: int, tokens: Tensor) -> Tensor
 
     The other rows compute nothing that anybody uses: B is such that the rows do not depend on one another
     (`hybrid.generation.runner`), or that of a graph. Host lengths are left to the caller, who may replay a graph.
-    Returns logits (B, V) in float32.
+    Returns logits (B, V).
     """
     seen = slots.device_lengths[: tokens.shape[0]]
     positions = seen.clamp(max=slots.max_length - 1)
@@ -93,13 +93,13 @@ def layer_norm(layer: Layer) -> Norm:
 
 
 def logits(weights: Weights, hidden: Tensor) -> Tensor:
-    """hidden (..., h) to logits (..., V) in float32, of all ranks."""
+    """hidden (..., h) to logits (..., V) of its type, of all ranks."""
     own = weights.output(hidden)
     if weights.group is None:
-        return own.float()
+        return own
     parts = [torch.empty_like(own) for _ in range(weights.group.size())]
     dist.all_gather(parts, own, group=weights.group)
-    return torch.cat(parts, dim=-1).float()
+    return torch.cat(parts, dim=-1)
 
 
 def _embed(weights: Weights, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def _mamba2(layer: Mamba2, normed: Tensor, state: MambaState, rows: slice | list[int], start: int) -> Tensor:
+def _mamba2(layer: Mamba2, normed: Tensor, state: MambaState, rows: slice | Tensor, start: int) -> Tensor:
     """normed (B, L, h) to (B, L, h)."""
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
     z, xBC, dt = layer.in_proj(normed).split([inner, channels, heads], dim=-1)
@@ -180,7 +180,7 @@ def _mamba2_step(layer: Mamba2, normed: Tensor, state: MambaState, count: int) -
 
 
 def _mamba1(
-    weights: Weights, layer: Mamba1, normed: Tensor, state: MambaState, rows: slice | list[int], start: int
+    weights: Weights, layer: Mamba1, normed: Tensor, state: MambaState, rows: slice | Tensor, start: int
 ) -> Tensor:
     """normed (B, L, h) to (B, L, h)."""
     x, z = layer.in_proj(normed).chunk(2, dim=-1)
@@ -243,7 +243,7 @@ def _attention(
     layer: Attention | Latent,
     normed: Tensor,
     state: AttentionState,
-    rows: slice | list[int],
+    rows: slice | Tensor,
     start: int,
     rotary: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
@@ -288,13 +288,10 @@ def _mlp_or_experts(layer: Layer, normed: Tensor) -> Tensor:
 
 
 def _mlp(layer: Mlp, x: Tensor) -> Tensor:
-    up = layer.up(x)
     if layer.activation == "swiglu":
-        gate, up = up.chunk(2, dim=-1)
+        gate, up = layer.up(x).chunk(2, dim=-1)
         return layer.down(ops.silu(gate) * up)
-    if layer.activation == "squared_relu":
-        return layer.down(F.relu(up).square())
-    return layer.down(ops.gelu(up))
+    return layer.down(ops.activated(layer.up, x, layer.activation))
 
 
 def _experts(layer: Experts, x: Tensor) -> Tensor:

@@ -30,9 +30,11 @@ class DecodeGraphs:
             pool = pool or graph.pool()
             self._graphs[batch] = graph
 
-    def replay(self, tokens: Tensor) -> Tensor:
-        """Decode tokens (B), B one of the batch sizes; returns logits (B, V), which the next replay overwrites."""
-        batch = len(tokens)
-        self._tokens[:batch].copy_(tokens)
+    def replay(self, tokens: Tensor, batch: int) -> Tensor:
+        """Decode tokens (B), B at most `batch`, which is one of the batch sizes; the rows after them are nobody's.
+
+        Returns logits (batch, V), which the next replay overwrites.
+        """
+        self._tokens[: len(tokens)].copy_(tokens)
         self._graphs[batch].replay()
         return self._logits[batch]

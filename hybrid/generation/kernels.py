@@ -4,24 +4,110 @@ At decoding, a layer is a few products of a matrix with few rows, and a pass ove
 bytes moved, and how many kernels there are. The recurrence here takes a whole head's state in a program or two, reads
 and writes it once with wide accesses, and has softplus, decay, skip and the types' conversions in it.
 
+From Hopper on, kernels that follow each other overlap (programmatic dependent launch): one is put onto the GPU while
+the one before it still runs, and waits for its end in `_follow`; a product with one row has its first weights by then.
+
 Shapes: B sequences, C channels of the convolution, W its width, d inner width, H SSM heads, P head width, G groups, N
 state, K key-value heads, Q query heads, T positions of the cache, E head width of attention.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _jit: Any = triton.jit
-_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+_PROGRAMS = 1024  # about eight for each multiprocessor of a large GPU
+
+
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launched(x: Tensor) -> dict[str, Any]:
+    """How a kernel on x's device is launched: overlapping with the one before it, where that can be."""
+    overlap = _overlaps(x.device)
+    return {"OVERLAP": overlap, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 @_jit
-def _conv_step(x, state, taps, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _follow(OVERLAP: tl.constexpr):
+    """Wait for what the kernel before this one writes, and let the next one be put onto the GPU."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+# Rows of the weight a program takes, columns of it at once, warps: measured on an H200, benchmarks/generation.md.
+_MATVEC = (8, 1024, 4)
+
+
+@_jit
+def _matvec(
+    x, weight, bias, y, rows,
+    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN: tl.constexpr, OVERLAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Some rows of the weight. While a block of them is added up, the next one is on its way."""
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    place = weight + n[:, None].to(tl.int64) * COLUMNS + k[None, :]
+    inside = n[:, None] < rows
+    if EVEN:
+        block = tl.load(place)
+    else:
+        block = tl.load(place, mask=inside & (k[None, :] < COLUMNS), other=0.0)
+    _follow(OVERLAP)
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, COLUMNS, BLOCK_K):
+        value = tl.load(x + start + k, mask=start + k < COLUMNS, other=0.0).to(tl.float32)
+        following = start + BLOCK_K + k[None, :]
+        if EVEN:
+            coming = tl.load(place + start + BLOCK_K, mask=following < COLUMNS, other=0.0)
+        else:
+            coming = tl.load(place + start + BLOCK_K, mask=inside & (following < COLUMNS), other=0.0)
+        total += block.to(tl.float32) * value[None, :]
+        block = coming
+    out = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        out += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)
+    if ACTIVATION == "gelu":
+        out = out * 0.5 * (1.0 + tl.erf(out * 0.7071067811865476))
+    if ACTIVATION == "squared_relu":
+        out = tl.where(out > 0, out * out, 0.0)
+    tl.store(y + n, out.to(y.dtype.element_ty), mask=n < rows)
+
+
+def matvec(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
+    """weight (N, K) times x, K elements in a row (or more dimensions of size 1 before it), plus bias (N); then the
+    activation (gelu, squared_relu, or none). Sums are in float32. Returns (..., N) of x's type.
+
+    On Hopper the weight is read before the kernel launched before this one has ended: that must not be what writes it.
+    """
+    rows, columns = weight.shape
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], rows, device=x.device, dtype=x.dtype)
+    block_n, block_k, warps = _MATVEC
+    block_k = min(block_k, int(triton.next_power_of_2(columns)))
+    _matvec[(triton.cdiv(rows, block_n),)](
+        x, weight, weight if bias is None else bias, y, rows,
+        COLUMNS=columns, HAS_BIAS=bias is not None, ACTIVATION=activation,
+        EVEN=rows % block_n == 0 and columns % block_k == 0, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=warps, **_launched(x),
+    )  # fmt: skip
+    return y
+
+
+@_jit
+def _conv_step(
+    x, state, taps, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """A block of channels of one sequence."""
+    _follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
@@ -44,7 +130,9 @@ def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty(batch, channels, device=x.device, dtype=x.dtype)
     block = 256
     grid = (batch, triton.cdiv(channels, block))
-    _conv_step[grid](x, state, taps, bias, y, channels, x.stride(0), WIDTH=taps.shape[0], BLOCK=block)
+    _conv_step[grid](
+        x, state, taps, bias, y, channels, x.stride(0), WIDTH=taps.shape[0], BLOCK=block, **_launched(x)
+    )  # fmt: skip
     return y
 
 
@@ -52,9 +140,10 @@ def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
 def _ssm_step(
     state, x, dt, dt_bias, A, B, C, D, y,
     heads, groups, x_row, dt_row, B_row, C_row,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some of the P rows of the state of one head of one sequence."""
+    _follow(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
@@ -87,14 +176,15 @@ def ssm_step(
     _ssm_step[grid](
         state, x, dt, dt_bias, A, B, C, D, y,
         heads, B.shape[1], x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-        P=width, N=size, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4,
+        P=width, N=size, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, **_launched(x),
     )  # fmt: skip
     return y
 
 
 @_jit
-def _gated_norm(y, z, weight, out, inner, size, y_row, z_row, eps, BLOCK: tl.constexpr):
+def _gated_norm(y, z, weight, out, inner, size, y_row, z_row, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One group of one sequence."""
+    _follow(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offset = tl.arange(0, BLOCK)
     inside = offset < size
@@ -112,13 +202,16 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
     out = torch.empty(batch, inner, device=y.device, dtype=y.dtype)
     size = inner // groups
     block = triton.next_power_of_2(size)
-    _gated_norm[(batch, groups)](y, z, weight, out, inner, size, y.stride(0), z.stride(0), eps, BLOCK=block)
+    _gated_norm[(batch, groups)](
+        y, z, weight, out, inner, size, y.stride(0), z.stride(0), eps, BLOCK=block, **_launched(y)
+    )  # fmt: skip
     return out
 
 
 @_jit
-def _add_norm(hidden, mixed, weight, total, out, size, mixed_row, eps, BLOCK: tl.constexpr):
+def _add_norm(hidden, mixed, weight, total, out, size, mixed_row, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row. The sum is rounded to its type before it is normed, as it is in two steps."""
+    _follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK)
     inside = offset < size
@@ -139,7 +232,8 @@ def add_norm(hidden: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> tuple
     block = triton.next_power_of_2(size)
     warps = max(4, min(16, block // 512))
     _add_norm[(batch,)](
-        hidden, mixed, weight, total, out, size, mixed.stride(0), eps, BLOCK=block, num_warps=warps
+        hidden, mixed, weight, total, out, size, mixed.stride(0), eps,
+        BLOCK=block, num_warps=warps, **_launched(hidden),
     )  # fmt: skip
     return total, out
 
@@ -147,9 +241,10 @@ def add_norm(hidden: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> tuple
 @_jit
 def _keep(
     new_key, new_value, key, value, positions, row_stride, head_stride, new_row, new_head,
-    E: tl.constexpr, BLOCK_E: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key-value head of one sequence."""
+    _follow(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     source = row * new_row + head * new_head + e
@@ -165,46 +260,58 @@ def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positio
         new_key, new_value = new_key.contiguous(), new_value.contiguous()
     _keep[(batch, heads)](
         new_key, new_value, key, value, positions, key.stride(0), key.stride(1), new_key.stride(0), new_key.stride(1),
-        E=width, BLOCK_E=triton.next_power_of_2(width),
+        E=width, BLOCK_E=triton.next_power_of_2(width), **_launched(key),
     )  # fmt: skip
+
+
+@_jit
+def _attend_block(asked, key, value, t, e, end, scale, largest, total, result, E: tl.constexpr):
+    """Some more keys and values, at positions t, into an online softmax."""
+    here = t < end
+    block, mask = t[:, None] * E + e[None, :], here[:, None] & (e[None, :] < E)
+    keys = tl.load(key + block, mask=mask, other=0.0)
+    scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(here[None, :], scores, -1.0e30)
+    larger = tl.maximum(largest, tl.max(scores, axis=1))
+    shares, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+    values = tl.load(value + block, mask=mask, other=0.0)
+    result = result * kept[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
+    return larger, total * kept + tl.sum(shares, axis=1), result
 
 
 @_jit
 def _attend(
     query, key, value, lengths, out, largest_out, total_out, scale, groups, positions, q_row, row_stride,
     PER_GROUP: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The queries that share one key-value head, of one sequence, over one of SPLITS parts of its keys (online
     softmax): what they add up to, not divided yet, and by what it is to be divided and scaled."""
+    _follow(OVERLAP)
     row, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths + row)
+    length = tl.load(lengths + row).to(tl.int32)
     q, e, t = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
     inside = (q[:, None] < PER_GROUP) & (e[None, :] < E)
-    asked = tl.load(
-        query + row * q_row + (group * PER_GROUP + q[:, None]) * E + e[None, :], mask=inside, other=0.0
-    ).to(tl.float32) * scale  # fmt: skip
+    asked = tl.load(query + row * q_row + (group * PER_GROUP + q[:, None]) * E + e[None, :], mask=inside, other=0.0)
     largest = tl.full([BLOCK_Q], -1.0e30, tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
     base = row * row_stride + group.to(tl.int64) * positions * E
     part = (length + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
-    start = split * part
-    end = tl.minimum(start + part, length)
-    while start < end:
-        here = start + t < end
-        block = base + (start + t[:, None]) * E + e[None, :]
-        mask = here[:, None] & (e[None, :] < E)
-        keys = tl.load(key + block, mask=mask, other=0.0).to(tl.float32)
-        scores = tl.sum(asked[:, None, :] * keys[None, :, :], axis=2)
-        scores = tl.where(here[None, :], scores, -1.0e30)
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        shares, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
-        values = tl.load(value + block, mask=mask, other=0.0).to(tl.float32)
-        result = result * kept[:, None] + tl.sum(shares[:, :, None] * values[None, :, :], axis=1)
-        total = total * kept + tl.sum(shares, axis=1)
-        largest = larger
-        start += BLOCK_T
+    begin = split * part
+    end = tl.minimum(begin + part, length)
+    if OVERLAP:
+        for start in range(begin, end, BLOCK_T):  # which the compiler overlaps with the loads
+            largest, total, result = _attend_block(
+                asked, key + base, value + base, start + t, e, end, scale, largest, total, result, E
+            )
+    else:
+        start = begin
+        while start < end:  # Triton's interpreter knows no ranges that are read from memory
+            largest, total, result = _attend_block(
+                asked, key + base, value + base, start + t, e, end, scale, largest, total, result, E
+            )
+            start += BLOCK_T
     head = (row * groups + group) * PER_GROUP + q
     tl.store(out + (head[:, None] * SPLITS + split) * E + e[None, :], result, mask=inside)
     tl.store(largest_out + head * SPLITS + split, largest, mask=q < PER_GROUP)
@@ -212,8 +319,11 @@ def _attend(
 
 
 @_jit
-def _combine(parts, largest, total, out, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr):
+def _combine(
+    parts, largest, total, out, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
     """The parts of one head. One without keys has a total of 0, and the smallest maximum."""
+    _follow(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     split, e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_E)
     own = tl.load(largest + head * SPLITS + split)
@@ -231,9 +341,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
     query = query.contiguous()
     out = torch.empty_like(query)
     per_group = heads // groups
-    block_q = triton.next_power_of_2(per_group)
-    block_e = triton.next_power_of_2(width)
-    block_t = max(4, 8192 // (block_q * block_e))
+    # Products of matrices want sixteen rows and columns at least; most rows of queries are empty, which costs nothing.
+    block_q = max(16, triton.next_power_of_2(per_group))
+    block_e = max(16, triton.next_power_of_2(width))
+    block_t = max(16, min(64, 16384 // (block_e * query.element_size())))
     # Few sequences would leave most of a GPU idle for as long as one of them takes: then several programs share one.
     splits = next(n for n in (16, 8, 4, 2, 1) if n * batch * groups <= _PROGRAMS or n == 1)
     parts = torch.empty(batch, heads, splits, width, device=query.device, dtype=torch.float32)
@@ -242,6 +353,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
         query, key, value, lengths, parts, largest, total, width**-0.5, groups, positions,
         query.stride(0), key.stride(0),
         PER_GROUP=per_group, E=width, SPLITS=splits, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e,
+        **_launched(query),
     )  # fmt: skip
-    _combine[(batch * heads,)](parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e)
+    _combine[(batch * heads,)](
+        parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e, **_launched(query)
+    )  # fmt: skip
     return out

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybrid.generation.weights import Norm, rms_norm
+from hybrid.generation.weights import Linear, Norm, rms_norm
 
 
 def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -103,6 +103,16 @@ def gelu(x: Tensor) -> Tensor:
     if x.is_cuda or x.shape[-1] % _VECTORS == 0:
         return F.gelu(x)
     return x * (1 + torch.erf(x * 0.5**0.5)) * 0.5
+
+
+def activated(linear: Linear, x: Tensor, activation: str) -> Tensor:
+    """What `linear` makes of x (..., in), through gelu, squared_relu or nothing; at one position one kernel on CUDA."""
+    if linear.has_kernel_for(x):
+        from hybrid.generation import kernels
+
+        return kernels.matvec(x, linear.weight, linear.bias, activation)
+    y = linear(x)
+    return F.relu(y).square() if activation == "squared_relu" else gelu(y) if activation == "gelu" else y
 
 
 def scan_step(state: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:

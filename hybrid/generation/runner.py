@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.generation import forward
 from hybrid.generation.graphs import DecodeGraphs
-from hybrid.generation.state import allocate
+from hybrid.generation.state import allocate, to_device
 from hybrid.generation.weights import Experts, Weights
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -68,8 +69,13 @@ class Runner:
             forward.logits(self.weights, forward.prefill(self.weights, self._slots, [row], tokens)[:, -1:])
         self._slots.reset(row)
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a step only begins when it is asked for, and can be told of tokens that are still being made."""
+        return self._cuda and self._control is None
+
     def reset(self, row: int) -> None:
-        """Make a row that of a sequence that has seen nothing."""
+        """Let the next piece that is read into a row be the beginning of a sequence."""
         self._tell("reset", row)
         self._slots.reset(row)
 
@@ -81,25 +87,28 @@ class Runner:
     def read(self, rows: list[int], tokens: list[list[int]], every: bool = False) -> Tensor:
         """Read a piece of a prompt into each of some rows that have seen as much, as long a piece in each.
 
-        Returns logits (rows, positions, vocabulary), of every position or of the last one, in float32.
+        Returns logits (rows, positions, vocabulary), of every position or of the last one.
         """
         self._tell("read", rows, tokens, every)
         with torch.inference_mode():
-            given = torch.tensor(tokens, device=self.weights.device)
+            given = to_device(tokens, torch.int64, self.weights.device)
             hidden = forward.prefill(self.weights, self._slots, rows, given)
             logits = forward.logits(self.weights, hidden if every else hidden[:, -1:].contiguous())
         return logits[..., : self.weights.vocab_size]
 
-    def step(self, tokens: list[int]) -> Tensor:
-        """Read one token in each of the first rows. Returns logits (rows, vocabulary) in float32."""
+    def step(self, tokens: list[int] | Tensor) -> Tensor:
+        """Read one token in each of the first rows. Returns logits (rows, vocabulary).
+
+        Tokens that the device has made are taken from there; then there must be no other ranks.
+        """
         self._tell("step", tokens)
         count = len(tokens)
         batch = self._batch(count)
-        given = torch.tensor(tokens + [0] * (batch - count), device=self.weights.device)
+        given = tokens if isinstance(tokens, Tensor) else to_device(tokens, torch.int64, self.weights.device)
         if self._graphs is not None:
-            logits = self._graphs.replay(given)
+            logits = self._graphs.replay(given, batch)
         else:
-            logits = forward.decode(self.weights, self._slots, count, given)
+            logits = forward.decode(self.weights, self._slots, count, F.pad(given, (0, batch - count)))
         self._slots.stepped(count)
         return logits[:count, : self.weights.vocab_size]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid.errors import ConfigError, Problem
+from hybrid.generation.state import to_device
 
 _MOST_TOP_LOGPROBS = 20
 
@@ -92,6 +93,21 @@ class Row:
     position: int = 0  # tokens chosen so far
     seen: set[int] = field(default_factory=set)
 
+    @property
+    def plain(self) -> bool:
+        """Whether its next token is the likeliest."""
+        return self.sampling.greedy and self.sampling.repetition_penalty == 1
+
+    @property
+    def blind(self) -> bool:
+        """Whether the host need not know the last token to choose the next, nor say more of it than what it is."""
+        return self.sampling.repetition_penalty == 1 and self.sampling.logprobs is None
+
+    def take(self, token: int) -> None:
+        """Note the token that was chosen."""
+        self.position += 1
+        self.seen.add(token)
+
 
 def new_key(seed: int | None, number: int = 0) -> bytes:
     """What a sequence draws its random numbers from: seed, and which of the texts for one prompt it is."""
@@ -106,14 +122,8 @@ def uniform(key: bytes, position: int) -> float:
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
-    """The next token of every row: logits (B, V) in float32, without the padding of the vocabulary."""
-    likeliest = logits.argmax(-1).tolist()
-    plain = [row.sampling.greedy and row.sampling.repetition_penalty == 1 for row in rows]
-    others = [i for i, easy in enumerate(plain) if not easy]
-    tokens: list[int] = likeliest
-    if others:
-        for i, token in zip(others, _sample(logits[others], [rows[i] for i in others]), strict=True):
-            tokens[i] = token
+    """The next token of every row: logits (B, V) without the padding of the vocabulary."""
+    tokens = pick(logits, rows).tolist()
     result = [Chosen(token) for token in tokens]
     wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
     if wanted:
@@ -121,9 +131,23 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
         for i, chosen in zip(wanted, logprobs(logits[wanted], [tokens[i] for i in wanted], counts), strict=True):
             result[i] = chosen
     for row, token in zip(rows, tokens, strict=True):
-        row.position += 1
-        row.seen.add(token)
+        row.take(token)
     return result
+
+
+def pick(logits: Tensor, rows: Sequence[Row], ahead: int = 0) -> Tensor:
+    """As `choose`: the tokens alone (B), on their device, and the rows are as before.
+
+    Each row has chosen `ahead` tokens more than it knows.
+    """
+    tokens = logits.argmax(-1)
+    others = [i for i, row in enumerate(rows) if not row.plain]
+    if len(others) == len(rows):
+        return _sample(logits, rows, tokens, ahead)
+    if others:
+        where = to_device(others, torch.int64, logits.device)
+        tokens[where] = _sample(logits[where], [rows[i] for i in others], tokens[where], ahead)
+    return tokens
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Chosen]:
@@ -136,12 +160,12 @@ def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> li
     return [Chosen(t, o, top[:n]) for t, o, top, n in zip(tokens, own, tops, counts, strict=True)]
 
 
-def _sample(logits: Tensor, rows: Sequence[Row]) -> list[int]:
-    """Draw from what the settings leave: logits (B, V)."""
+def _sample(logits: Tensor, rows: Sequence[Row], likeliest: Tensor, ahead: int) -> Tensor:
+    """Draw from what the settings leave: logits (B, V), of which `likeliest` (B) are the likeliest tokens."""
     settings = [row.sampling for row in rows]
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+        return to_device(values, torch.float64, logits.device).unsqueeze(-1)
 
     logits = logits.double()
     for i, row in enumerate(rows):
@@ -150,20 +174,23 @@ def _sample(logits: Tensor, rows: Sequence[Row]) -> list[int]:
             there = logits[i, seen]
             penalty = row.sampling.repetition_penalty
             logits[i, seen] = torch.where(there > 0, there / penalty, there * penalty)
-    likeliest = logits.argmax(-1)
+    if any(row.sampling.repetition_penalty != 1 and row.sampling.greedy for row in rows):
+        likeliest = logits.argmax(-1)
     logits = logits / column([1.0 if s.temperature == 0 else s.temperature for s in settings])
     if any(s.top_k or s.top_p < 1 for s in settings):
         logits = _without_tail(
             logits, column([s.top_k or logits.shape[-1] for s in settings]), column([s.top_p for s in settings])
         )
     shares = logits.softmax(-1)
-    shares = shares.masked_fill(shares < column([s.min_p for s in settings]) * shares.amax(-1, keepdim=True), 0)
+    if any(s.min_p for s in settings):
+        shares = shares.masked_fill(shares < column([s.min_p for s in settings]) * shares.amax(-1, keepdim=True), 0)
     sums = shares.cumsum(-1)
-    drawn = column([uniform(row.key, row.position) for row in rows]) * sums[:, -1:]
+    drawn = column([uniform(row.key, row.position + ahead) for row in rows]) * sums[:, -1:]
     # A token without a share ends where the one before it ends, and is passed over.
     tokens = torch.searchsorted(sums, drawn, right=True).clamp(max=logits.shape[-1] - 1).squeeze(-1)
-    greedy = torch.tensor([s.greedy for s in settings], device=logits.device)
-    return torch.where(greedy, likeliest, tokens).tolist()
+    if any(s.greedy for s in settings):
+        tokens = torch.where(to_device([s.greedy for s in settings], torch.bool, logits.device), likeliest, tokens)
+    return tokens
 
 
 def _without_tail(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

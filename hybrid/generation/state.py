@@ -8,8 +8,9 @@ Shapes: S rows, C channels of the convolution, W its width, H SSM heads, P head 
 key-value heads, T positions, E head width (values may have another).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,11 +47,7 @@ class Slots:
     max_length: int
 
     def reset(self, row: int) -> None:
-        """Make a row that of a sequence that has seen nothing. Old keys and values stay; nobody looks at them."""
-        for state in self.layers:
-            if isinstance(state, MambaState):
-                state.conv[row].zero_()
-                state.ssm[row].zero_()
+        """Let the next piece that is read into a row be the beginning of a sequence: what is there is overwritten."""
         self._set_length(row, 0)
 
     def copy(self, source: int, target: int) -> None:
@@ -78,6 +75,12 @@ class Slots:
     def _set_length(self, row: int, length: int) -> None:
         self.lengths[row] = length
         self.device_lengths[row] = length
+
+
+def to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers from the host, without waiting there for what the device is computing."""
+    made = torch.tensor(values, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def allocate(weights: Weights, rows: int, max_length: int, ssm_dtype: torch.dtype | None = None) -> Slots:

@@ -19,9 +19,11 @@ from tests.hybrid.generation.conftest import Toy
 PROMPTS = ["a", "def ", "class Reader:\n", "x" * 37, "import os, sys\n", "é and ü, two bytes each", "q" * 16, "z" * 17]
 
 
-@pytest.fixture
-def model(hybrid_model: Toy) -> Iterator[Generator]:
+@pytest.fixture(params=[False, True], ids=["step by step", "a step ahead"])
+def model(hybrid_model: Toy, request: pytest.FixtureRequest) -> Iterator[Generator]:
+    """In the second form it goes round as it does on CUDA: the host hands over a token while the next is computed."""
     with Generator(hybrid_model.runner(slots=4), ByteTokenizer(), "toy", max_waiting=2000) as generator:
+        generator.engine.ahead = request.param
         yield generator
 
 

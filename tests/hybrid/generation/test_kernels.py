@@ -127,6 +127,20 @@ def test_new_keys_and_values_go_where_they_belong(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("activation", ["", "gelu", "squared_relu"])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 2048), (37, 1500), (8, 24)])
+def test_a_product_with_one_row(dtype: torch.dtype, activation: str, rows: int, columns: int) -> None:
+    from hybrid.generation import kernels
+    from hybrid.generation.weights import Linear
+
+    x, weight = _random(1, columns, dtype=dtype), _random(rows, columns, dtype=dtype, seed=1) / columns**0.5
+    for bias in (None, _random(rows, dtype=dtype, seed=2)):
+        wide = Linear(weight.float().cpu(), None if bias is None else bias.float().cpu())
+        expected = ops.activated(wide, x.float().cpu(), activation)
+        _close(kernels.matvec(x, weight, bias, activation), expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_sum_and_norm(dtype: torch.dtype) -> None:
     from hybrid.generation import kernels
     from hybrid.generation.weights import Norm
