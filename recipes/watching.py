@@ -37,6 +37,7 @@ _BEFORE_ITS_START = f"{128 + signal.SIGTERM} COMPLETING:Cancelled"  # said for a
 _LAST_LINES = 20
 # What recipes.worker and recipes.torchrun say; the others fail after the first, where they wait for it.
 _FAILED_RANK = re.compile(r"the last lines of rank |rank \d+ (failed:|on \S+ (died|ended) )")
+_SECTIONS = ("metrics", "settings", "queue", "ended", "log")
 _SECONDS = 2.0  # between two looks at a run that is followed
 
 
@@ -183,8 +184,6 @@ def _question(record: Record) -> str:
     lines = [
         "echo @metrics; tail -c 20000 metrics.jsonl 2>/dev/null; echo",
         f"echo @settings; cat {settings_file.FILE_NAME} 2>/dev/null; echo",
-        "echo @ended",
-        *(_ended(record, identity) for identity in _identities(record)),
     ]
     if record.kind == "slurm":
         ids = ",".join(record.ids)
@@ -193,6 +192,8 @@ def _question(record: Record) -> str:
     if record.kind == "docker":
         inspect = "inspect --format '{{.State.Status}} {{.State.ExitCode}}'"
         lines.append(f"echo @queue; {record.command} {inspect} {record.ids[0]} 2>/dev/null")
+    # After the queue: a job that has ended by what the queue says has left its word before.
+    lines += ["echo @ended", *(_ended(record, identity) for identity in _identities(record))]
     logs = "; ".join(f"{_log(record, identity)} | tail -c 20000" for identity in _identities(record))
     return "\n".join([*lines, f"echo @log; {logs}"])
 
@@ -220,12 +221,12 @@ def _log(record: Record, identity: str) -> str:
 def _sections(answer: bytes) -> dict[str, str]:
     found: dict[str, str] = {}
     name, rest = "", answer.decode(errors="replace")
-    for section in ("metrics", "settings", "ended", "queue", "log"):
+    for section in _SECTIONS:
         before, mark, after = rest.partition(f"@{section}\n")
         if mark:
             found[name], name, rest = before, section, after
     found[name] = rest
-    return {section: found.get(section, "") for section in ("metrics", "settings", "ended", "queue", "log")}
+    return {section: found.get(section, "") for section in _SECTIONS}
 
 
 def _jobs(record: Record, answer: dict[str, str]) -> list[Job]:
@@ -288,7 +289,10 @@ def _local(record: Record, job: Job) -> Job:
     pid, began = record.process
     if process_start(pid) == began:
         return Job(job.identity, "running", f"process {pid}")
-    if job.status == "unknown":
+    if job.status == "unknown":  # unless it ended after it was asked for its word
+        words = records.ask(record, _ended(record, job.identity)).decode().split()
+        if words:
+            return _by_code(job.identity, int(words[1]), "")
         return Job(job.identity, "failed", "its process is gone without a word: killed, or the machine was")
     return job
 

@@ -44,7 +44,7 @@ def _follow(OVERLAP: tl.constexpr):
 
 
 # Rows of the weight a program takes, columns of it at once, warps: measured on an H200, benchmarks/generation.md.
-_MATVEC = (8, 1024, 4)
+_MATVEC = (2, 2048, 4)
 
 
 @_jit
