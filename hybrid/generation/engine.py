@@ -237,22 +237,19 @@ class Engine:
                 self.runner.reset(job.slot)
 
     def _read(self) -> None:
-        """One piece of the prompt whose turn it is; on CUDA of others, too, that are as far and as long."""
-        first = self._reading.popleft()
-        jobs, piece = [first], self._piece(first)
-        for job in list(self._reading):
-            if len(jobs) == self.runner.prefill_together:
-                break
-            other = self._piece(job)
-            if (job.read, len(other), job.scored) == (first.read, len(piece), first.scored):
-                self._reading.remove(job)
-                jobs.append(job)
+        """One piece of the prompt whose turn it is; on CUDA of others, too."""
+        first = self._reading[0]
+        jobs = [first, *(job for job in list(self._reading)[1:] if self._goes_with(job, first))]
+        count = min(len(jobs), self.runner.prefill_together)
+        jobs = jobs[: 1 << count.bit_length() - 1]
+        for job in jobs:
+            self._reading.remove(job)
         logits = self.runner.read([job.slot for job in jobs], [self._piece(job) for job in jobs], first.scored)
         finished = []
         for i, job in enumerate(jobs):
             if job.scored:
                 self._score(job, self._piece(job), logits[i])
-            job.read += len(piece)
+            job.read += len(self._piece(job))
             if job.read < len(job.prompt):
                 self._reading.append(job)
             else:
@@ -265,6 +262,13 @@ class Engine:
             chosen = choose(logits[[i for _, i in begun], -1], [job.row for job, _ in begun])
             for (job, _), token in zip(begun, chosen, strict=True):
                 self._begin(job, token)
+
+    def _goes_with(self, job: Job, first: Job) -> bool:
+        """Whether pieces of two prompts can be read at once."""
+        if self.runner.pads:
+            return not job.scored and not first.scored
+        alike = (job.read, len(self._piece(job)), job.scored) == (first.read, len(self._piece(first)), first.scored)
+        return alike and self.runner.prefill_together > 1
 
     def _piece(self, job: Job) -> list[int]:
         return job.prompt[job.read : job.read + self.runner.room.prefill_chunk]

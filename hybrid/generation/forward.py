@@ -27,6 +27,8 @@ from hybrid.generation.weights import (
     Weights,
 )
 
+_NO_TIME = -1e4  # before softplus, which makes 0 of it
+
 
 @torch.inference_mode()
 def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> Tensor:
@@ -44,7 +46,9 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
         normed = layer_norm(layer)(hidden)
         match layer, state:
             case Mamba2(), MambaState():
-                mixed = _mamba2(layer, normed, state, batch, start)
+                before = (state.conv[batch], state.ssm[batch]) if start else (None, None)
+                mixed, *after = _mamba2(layer, normed, before)
+                state.keep(batch, *after)
             case Mamba1(), MambaState():
                 mixed = _mamba1(weights, layer, normed, state, batch, start)
             case Attention() | Latent(), AttentionState():
@@ -54,6 +58,51 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
         hidden = hidden + _summed(weights, layer, mixed)
     slots.advance(rows, length)
     return weights.final_norm(hidden)
+
+
+def pads(weights: Weights) -> bool:
+    """Whether `prefill_padded` knows all layers."""
+    return all(isinstance(layer, Mamba2 | Attention | Mlp) for layer in weights.layers)
+
+
+@torch.inference_mode()
+def prefill_padded(
+    weights: Weights, slots: Slots, rows: Tensor, starts: Tensor, lengths: Tensor, tokens: Tensor
+) -> Tensor:
+    """As `prefill`, of sequences that have seen different numbers of positions and read different numbers of them.
+
+    tokens (B, L), of which the first `lengths` (B) count, at least one, go into `rows` (B) that have seen `starts` (B).
+    The padding after them changes nothing: a state stays as it is where the time step is 0. All of it is on the device,
+    and nothing depends on it but values, so that this can be a graph. Lengths of the slots are left to the caller.
+    Returns logits (B, V) of the last position that counts.
+    """
+    offsets = torch.arange(tokens.shape[1], device=tokens.device)
+    positions = (starts.unsqueeze(1) + offsets).clamp(max=slots.max_length - 1)
+    counts = offsets < lengths.unsqueeze(1)
+    kept = torch.minimum(offsets, lengths.unsqueeze(1) - 1)
+    hidden = _embed(weights, tokens, positions)
+    rotary = _rotary(weights, positions)
+    norms = [*map(layer_norm, weights.layers), weights.final_norm]
+    normed = norms[0](hidden)
+    for layer, state, norm in zip(weights.layers, slots.layers, norms[1:], strict=True):
+        match layer, state:
+            case Mamba2(), MambaState():
+                seen = (starts > 0).view(-1, 1, 1)
+                before = (state.conv[rows].where(seen, 0), state.ssm[rows].where(seen.unsqueeze(-1), 0))
+                mixed, *after = _mamba2(layer, normed, before, counts, lengths)
+                state.keep(rows, *after)
+            case Attention(), AttentionState():
+                query, key, value = _heads(layer, normed, rotary)
+                # What is past the end becomes the last position once more.
+                source = kept[..., None, None].expand(-1, -1, *key.shape[2:])
+                target = (starts.unsqueeze(1) + kept).clamp(max=slots.max_length - 1)
+                state.key[rows.unsqueeze(1), :, target] = key.gather(1, source)
+                state.value[rows.unsqueeze(1), :, target] = value.gather(1, source)
+                mixed = layer.out(ops.attend_piece(query, state.key, state.value, rows, starts).flatten(2))
+            case _:
+                mixed = _mlp_or_experts(layer, normed.flatten(0, 1)).view_as(hidden)
+        hidden, normed = ops.add_norm(hidden, _summed(weights, layer, mixed), norm)
+    return logits(weights, normed[torch.arange(len(rows), device=rows.device), lengths - 1])
 
 
 @torch.inference_mode()
@@ -129,10 +178,11 @@ def _summed(weights: Weights, layer: Layer, mixed: Tensor) -> Tensor:
 
 
 def _rotary(weights: Weights, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Cosine and sine (positions, 1, rotated width): both halves of it turn by the same angles."""
+    """Cosine and sine (positions..., 1, rotated width): both halves of it turn by the same angles."""
     if weights.rotary is None:
         return None
-    angles = torch.outer(positions.float(), weights.rotary).repeat(1, 2).unsqueeze(1)
+    angles = positions.float().unsqueeze(-1) * weights.rotary
+    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
     return angles.cos().to(weights.dtype), angles.sin().to(weights.dtype)
 
 
@@ -147,21 +197,30 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-second, first], dim=-1) * sin, rest], dim=-1)
 
 
-def _mamba2(layer: Mamba2, normed: Tensor, state: MambaState, rows: slice | Tensor, start: int) -> Tensor:
-    """normed (B, L, h) to (B, L, h)."""
+def _mamba2(
+    layer: Mamba2,
+    normed: Tensor,
+    before: tuple[Tensor | None, Tensor | None],
+    counts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """normed (B, L, h) to (B, L, h), and the states of convolution and recurrence after it, from those `before`.
+
+    Of each row the first `lengths` (B) positions count, those where `counts` (B, L) is true; None: all.
+    """
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
     z, xBC, dt = layer.in_proj(normed).split([inner, channels, heads], dim=-1)
-    before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
-    xBC, state.conv[rows] = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0])
+    if counts is not None:
+        dt = dt.masked_fill(~counts.unsqueeze(-1), _NO_TIME)
+    xBC, conv = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0], lengths)
     x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
     B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
     x = x.unflatten(-1, (heads, layer.head_dim))
-    y, last = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
-    state.ssm[rows] = last.to(state.ssm.dtype)
+    y, ssm = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
     # Normed as rows of their own, as one position is.
     y, z = y.reshape(-1, inner), z.reshape(-1, inner)
     gated = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
-    return layer.out_proj(gated).view_as(normed)
+    return layer.out_proj(gated).view_as(normed), conv, ssm
 
 
 def _mamba2_step(layer: Mamba2, normed: Tensor, state: MambaState, count: int) -> Tensor:
@@ -185,10 +244,10 @@ def _mamba1(
     """normed (B, L, h) to (B, L, h)."""
     x, z = layer.in_proj(normed).chunk(2, dim=-1)
     before = (state.conv[rows], state.ssm[rows]) if start else (None, None)
-    x, state.conv[rows] = prefill_kernels.conv(x, layer.conv, layer.conv_bias, before[0])
+    x, conv = prefill_kernels.conv(x, layer.conv, layer.conv_bias, before[0])
     low, B, C = _low(weights, layer, x)
     y, last = prefill_kernels.selective(x, layer.dt_proj(low), layer.dt_bias, layer.A, B, C, layer.D, z, before[1])
-    state.ssm[rows] = last.to(state.ssm.dtype)
+    state.keep(rows, conv, last)
     return layer.out_proj(y)
 
 

@@ -226,8 +226,10 @@ def _add_norm(hidden, mixed, weight, total, out, size, mixed_row, eps, BLOCK: tl
 
 
 def add_norm(hidden: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `ops.add_norm`, for an RMSNorm: hidden (B, h) contiguous, mixed (B, h) any row stride."""
-    batch, size = hidden.shape
+    """As `ops.add_norm`, for an RMSNorm: hidden (..., h) contiguous; mixed likewise, or (B, h) with any row stride."""
+    size = hidden.shape[-1]
+    batch = hidden.numel() // size
+    mixed = mixed if mixed.ndim == 2 else mixed.contiguous().view(batch, size)
     total, out = torch.empty_like(hidden), torch.empty_like(hidden)
     block = triton.next_power_of_2(size)
     warps = max(4, min(16, block // 512))
@@ -265,15 +267,16 @@ def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positio
 
 
 @_jit
-def _attend_block(asked, key, value, t, e, end, scale, largest, total, result, E: tl.constexpr):
-    """Some more keys and values, at positions t, into an online softmax."""
-    here = t < end
-    block, mask = t[:, None] * E + e[None, :], here[:, None] & (e[None, :] < E)
+def _attend_block(asked, key, value, t, e, end, until, scale, largest, total, result, E: tl.constexpr):
+    """Some more keys and values, at positions t before `end`, into an online softmax of queries that see those up to
+    `until`."""
+    block, mask = t[:, None] * E + e[None, :], (t < end)[:, None] & (e[None, :] < E)
     keys = tl.load(key + block, mask=mask, other=0.0)
     scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale
-    scores = tl.where(here[None, :], scores, -1.0e30)
+    seen = t[None, :] <= until[:, None]
+    scores = tl.where(seen, scores, -1.0e30)
     larger = tl.maximum(largest, tl.max(scores, axis=1))
-    shares, kept = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+    shares, kept = tl.where(seen, tl.exp(scores - larger[:, None]), 0.0), tl.exp(largest - larger)
     values = tl.load(value + block, mask=mask, other=0.0)
     result = result * kept[:, None] + tl.dot(shares.to(values.dtype), values, input_precision="ieee")
     return larger, total * kept + tl.sum(shares, axis=1), result
@@ -300,16 +303,17 @@ def _attend(
     part = (length + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
     begin = split * part
     end = tl.minimum(begin + part, length)
+    until = tl.full([BLOCK_Q], -1, tl.int32) + end
     if OVERLAP:
         for start in range(begin, end, BLOCK_T):  # which the compiler overlaps with the loads
             largest, total, result = _attend_block(
-                asked, key + base, value + base, start + t, e, end, scale, largest, total, result, E
+                asked, key + base, value + base, start + t, e, end, until, scale, largest, total, result, E
             )
     else:
         start = begin
         while start < end:  # Triton's interpreter knows no ranges that are read from memory
             largest, total, result = _attend_block(
-                asked, key + base, value + base, start + t, e, end, scale, largest, total, result, E
+                asked, key + base, value + base, start + t, e, end, until, scale, largest, total, result, E
             )
             start += BLOCK_T
     head = (row * groups + group) * PER_GROUP + q
@@ -357,5 +361,56 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
     )  # fmt: skip
     _combine[(batch * heads,)](
         parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e, **_launched(query)
+    )  # fmt: skip
+    return out
+
+
+@_jit
+def _attend_piece(
+    query, key, value, rows, starts, out, scale, heads, groups, length, positions, q_row, q_position, row_stride,
+    E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q positions of one head of one sequence (online softmax)."""
+    _follow(OVERLAP)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    first = tl.program_id(2) * BLOCK_Q
+    start = tl.load(starts + row).to(tl.int32)
+    q, e, t = first + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
+    inside = (q[:, None] < length) & (e[None, :] < E)
+    asked = tl.load(query + row * q_row + q[:, None] * q_position + head * E + e[None, :], mask=inside, other=0.0)
+    largest = tl.full([BLOCK_Q], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    result = tl.zeros([BLOCK_Q, BLOCK_E], tl.float32)
+    base = tl.load(rows + row) * row_stride + (head // (heads // groups)).to(tl.int64) * positions * E
+    end = tl.minimum(start + tl.minimum(first + BLOCK_Q, length), positions)
+    if OVERLAP:
+        for begin in range(0, end, BLOCK_T):
+            largest, total, result = _attend_block(
+                asked, key + base, value + base, begin + t, e, end, start + q, scale, largest, total, result, E
+            )
+    else:
+        begin = 0
+        while begin < end:
+            largest, total, result = _attend_block(
+                asked, key + base, value + base, begin + t, e, end, start + q, scale, largest, total, result, E
+            )
+            begin += BLOCK_T
+    place = ((row * length + q[:, None]) * heads + head) * E + e[None, :]
+    tl.store(out + place, (result / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+def attend_piece(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """As `ops.attend_piece`: query (B, L, Q, E), key and value (S, K, T, E) contiguous, rows and starts (B)."""
+    batch, length, heads, width = query.shape
+    groups, positions = key.shape[1:3]
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    block_e = max(16, int(triton.next_power_of_2(width)))
+    block_t = max(16, min(64, 16384 // (block_e * query.element_size())))
+    block_q = max(16, min(block_t, int(triton.next_power_of_2(length))))
+    _attend_piece[(batch, heads, triton.cdiv(length, block_q))](
+        query, key, value, rows, starts, out, width**-0.5, heads, groups, length, positions,
+        query.stride(0), query.stride(1), key.stride(0),
+        E=width, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e, **_launched(query),
     )  # fmt: skip
     return out

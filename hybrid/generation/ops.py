@@ -62,7 +62,8 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
 
 
 def add_norm(hidden: Tensor, mixed: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """A layer's result to what came before it, and the norm of both: hidden and mixed (B, h); returns (B, h) twice."""
+    """A layer's result to what came before it, and the norm of both: hidden and mixed (..., h); returns
+    (..., h) twice."""
     if hidden.is_cuda and norm.bias is None:
         from hybrid.generation import kernels
 
@@ -147,3 +148,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], device
             query[row : row + 1].unsqueeze(2), keys, values, enable_gqa=query.shape[1] != key.shape[1]
         )[0, :, 0]
     return context
+
+
+def attend_piece(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """Attention of a piece of each of some sequences: query (B, L, Q, E), of which i is at position starts (B) + i, to
+    all positions up to its own of key and value (S, K, T, E) in `rows` (B) of them. Returns (B, L, Q, E)."""
+    if query.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.attend_piece(query, key, value, rows, starts)
+    positions = torch.arange(key.shape[2], device=key.device)
+    until = starts.unsqueeze(1) + torch.arange(query.shape[1], device=key.device)
+    seen = positions <= until.unsqueeze(-1)  # (B, L, T)
+    return F.scaled_dot_product_attention(
+        query.transpose(1, 2), key[rows], value[rows], attn_mask=seen.unsqueeze(1),
+        enable_gqa=query.shape[2] != key.shape[1],
+    ).transpose(1, 2)  # fmt: skip

@@ -28,20 +28,28 @@ def _installed(module: str) -> bool:
     return True
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B, L, C), weight (C, W), bias (C), state (B, W, C); returns y (B, L, C) and the state after it."""
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x (B, L, C), weight (C, W), bias (C), state (B, W, C); returns y (B, L, C) and the state after it, or after the
+    first `lengths` (B) of the positions."""
+    width = weight.shape[1]
+    before = x.new_zeros(x.shape[0], width, x.shape[2]) if state is None else state
+    if lengths is None:
+        after = torch.cat([before, x[:, -width:]], dim=1)[:, -width:]
+    else:
+        last = lengths.unsqueeze(1) + torch.arange(width, device=x.device)  # of both, one after the other
+        last = last.unsqueeze(-1).expand(-1, -1, x.shape[2])
+        after = torch.cat([before, x], dim=1).gather(1, last)
     # Its kernel wants rows of channels that start at multiples of eight.
     if x.is_cuda and x.shape[2] % 8 == 0 and _installed("causal_conv1d"):
         fused: Any = import_module("causal_conv1d")
         x = x if x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else x.contiguous()
-        width = weight.shape[1]
         past = None if state is None else state[:, 1:].transpose(1, 2)
         y = fused.causal_conv1d_fn(x.transpose(1, 2), weight, bias, initial_states=past, activation="silu")
-        before = x.new_zeros(x.shape[0], width, x.shape[2]) if state is None else state
-        return y.transpose(1, 2), torch.cat([before, x[:, -width:]], dim=1)[:, -width:]
-    before = None if state is None else state.transpose(1, 2)
-    y, last = causal_conv1d(x, weight, bias, initial_state=before, return_final_state=True)
-    return y, last.transpose(1, 2)
+        return y.transpose(1, 2), after
+    y = causal_conv1d(x, weight, bias, initial_state=None if state is None else state.transpose(1, 2))
+    return y, after
 
 
 def ssd(

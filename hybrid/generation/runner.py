@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.generation import forward
-from hybrid.generation.graphs import DecodeGraphs
+from hybrid.generation.graphs import DecodeGraphs, PrefillGraphs, taken_apart
 from hybrid.generation.state import allocate, to_device
 from hybrid.generation.weights import Experts, Weights
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-_MOST_PREFILLED_TOGETHER = 8
+_PREFILL_BATCHES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +48,36 @@ class Runner:
         self._leads = control is not None and control.rank() == 0
         self._cuda = weights.device.type == "cuda"
         together = self._cuda and not room.batch_invariant
-        self.prefill_together = min(room.slots, _MOST_PREFILLED_TOGETHER) if together else 1
+        self.prefill_together = min(room.slots, _PREFILL_BATCHES[-1]) if together else 1
         self.reading_rows = range(self._batch(room.slots), self._batch(room.slots) + min(room.slots, 8))
         self._slots = allocate(weights, self.reading_rows.stop, room.max_length, room.ssm_dtype)
-        if self._cuda:
-            self._warm_up()
-        self._graphs = None
+        self.pads = self._cuda and forward.pads(weights)
+        self._graphs = self._prefill_graphs = None
+        if not self._cuda:
+            return
+        self._warm_up()
         # How many tokens an expert gets is known to the host alone, which a graph leaves out.
-        if self._cuda and room.graphs and not any(isinstance(layer, Experts) for layer in weights.layers):
+        if room.graphs and not any(isinstance(layer, Experts) for layer in weights.layers):
             self._graphs = DecodeGraphs(
                 weights, self._slots, sorted({self._batch(n) for n in range(1, room.slots + 1)})
             )
+            if self.pads:
+                counts = [count for count in _PREFILL_BATCHES if count <= self.prefill_together]
+                sizes = [(count, length) for count in counts for length in self._prefill_lengths]
+                self._prefill_graphs = PrefillGraphs(weights, self._slots, sizes, self._graphs.pool)
+
+    @property
+    def _prefill_lengths(self) -> list[int]:
+        """To which of them a piece of a prompt is padded."""
+        most = min(self.room.prefill_chunk, self.room.max_length)
+        return sorted({-(-most // 4), most})
 
     def _warm_up(self) -> None:
         """Let the kernels that read prompts be compiled and chosen before somebody waits for that minute."""
         row = self.reading_rows[0]
         length = max(1, min(self.room.prefill_chunk, self.room.max_length // 2))
         for _ in range(min(2, self.room.max_length)):  # from nothing, and from what has been read
-            tokens = torch.zeros(1, length, dtype=torch.int64, device=self.weights.device)
-            forward.logits(self.weights, forward.prefill(self.weights, self._slots, [row], tokens)[:, -1:])
+            self.read([row], [[0] * length])
         self._slots.reset(row)
 
     @property
@@ -85,16 +96,34 @@ class Runner:
         self._slots.copy(source, target)
 
     def read(self, rows: list[int], tokens: list[list[int]], every: bool = False) -> Tensor:
-        """Read a piece of a prompt into each of some rows that have seen as much, as long a piece in each.
+        """Read a piece of a prompt into each of some rows.
 
-        Returns logits (rows, positions, vocabulary), of every position or of the last one.
+        Without `pads`, or with `every`, they must have seen as much, and the pieces be as long. With it, there must be
+        1, 2, 4 or 8 of them. Returns logits (rows, positions, vocabulary), of every position or of the last one.
         """
         self._tell("read", rows, tokens, every)
+        if self.pads and not every:
+            return self._read_padded(rows, tokens)[:, None, : self.weights.vocab_size]
         with torch.inference_mode():
             given = to_device(tokens, torch.int64, self.weights.device)
             hidden = forward.prefill(self.weights, self._slots, rows, given)
             logits = forward.logits(self.weights, hidden if every else hidden[:, -1:].contiguous())
         return logits[..., : self.weights.vocab_size]
+
+    def _read_padded(self, rows: list[int], tokens: list[list[int]]) -> Tensor:
+        longest = max(map(len, tokens))
+        length = next((length for length in self._prefill_lengths if length >= longest), longest)
+        heads = [[row, self._slots.lengths[row], len(own)] for row, own in zip(rows, tokens, strict=True)]
+        padded = [own + [0] * (length - len(own)) for own in tokens]
+        numbers = [head + own for head, own in zip(heads, padded, strict=True)]
+        given = to_device(numbers, torch.int64, self.weights.device)
+        if self._prefill_graphs is not None:
+            logits = self._prefill_graphs.replay(given, length)
+        else:
+            logits = forward.prefill_padded(self.weights, self._slots, *taken_apart(given, length))
+        for row, own in zip(rows, tokens, strict=True):
+            self._slots.advance([row], len(own))
+        return logits
 
     def step(self, tokens: list[int] | Tensor) -> Tensor:
         """Read one token in each of the first rows. Returns logits (rows, vocabulary).

@@ -25,6 +25,11 @@ class MambaState:
     conv: Tensor
     ssm: Tensor
 
+    def keep(self, rows: slice | Tensor, conv: Tensor, ssm: Tensor) -> None:
+        """Put what some rows have come to in its place."""
+        self.conv[rows] = conv
+        self.ssm[rows] = ssm.to(self.ssm.dtype)
+
 
 @dataclass(frozen=True)
 class AttentionState:

@@ -21,6 +21,7 @@ os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # Read when mamba-ssm's modules are imported: one tile size. How they compute is set back below.
 os.environ.setdefault("MAMBA_DETERMINISTIC", "1")
+os.environ.pop("TRITON_CACHE_AUTOTUNING", None)  # with it, all sizes are tried
 
 
 @pytest.fixture(scope="session", autouse=True)

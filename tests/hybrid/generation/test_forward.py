@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hybrid.generation import ops
+from hybrid.generation import forward, ops
 from hybrid.generation.runner import Runner
 from tests.hybrid.generation.conftest import Toy
 
@@ -58,6 +58,27 @@ def test_several_prompts_are_read_at_once(toy_model: Toy) -> None:
         runner.reset(row)
     pieces = [runner.read(rows, part.tolist(), every=True) for part in tokens.split([10, 14], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_prompts_of_different_lengths_are_padded_and_read_at_once(toy_model: Toy) -> None:
+    """As it is done on CUDA: pieces of 3 to 16 tokens in one call, of prompts that are not as far."""
+    if not forward.pads(toy_model.weights):
+        pytest.skip("has layers that are read without padding")
+    tokens = torch.randint(VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(5))
+    expected = toy_model.whole(tokens)
+    runner = toy_model.runner(max_length=40)
+    runner.pads = True
+    read = dict.fromkeys(runner.reading_rows[:4], 0)
+    for row in read:
+        runner.reset(row)
+    for lengths in ([3, 16, 9, 1], [16, 0, 5, 0], [2, 16, 16, 1], [16, 8, 10, 2], [3, 0, 0, 0]):
+        pieces = [(i, row, length) for i, (row, length) in enumerate(zip(read, lengths, strict=True)) if length]
+        given = [tokens[i, read[row] : read[row] + length].tolist() for i, row, length in pieces]
+        logits = runner.read([row for _, row, _ in pieces], given)
+        for (i, row, length), found in zip(pieces, logits, strict=True):
+            read[row] += length
+            torch.testing.assert_close(found[0], expected[i, read[row] - 1], atol=2e-4, rtol=1e-4)
+    assert [*read.values()] == [40, 40, 40, 4]
 
 
 def test_a_row_used_before_starts_from_nothing(toy_model: Toy) -> None:

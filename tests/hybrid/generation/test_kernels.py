@@ -114,6 +114,18 @@ def test_attention(dtype: torch.dtype, heads: int, groups: int, width: int) -> N
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("heads", "groups", "width", "length"), [(4, 2, 16, 9), (2, 1, 24, 40)])
+def test_attention_of_pieces(dtype: torch.dtype, heads: int, groups: int, width: int, length: int) -> None:
+    from hybrid.generation import kernels
+
+    query = _random(3, length, heads, width, dtype=dtype)
+    key, value = (_random(5, groups, 70, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    rows, starts = torch.tensor([4, 0, 2]), torch.tensor([0, 30, 7])
+    expected = ops.attend_piece(*[t.float().cpu() for t in (query, key, value)], rows, starts)
+    _close(kernels.attend_piece(query, key, value, rows.to(DEVICE), starts.to(DEVICE)), expected, LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_new_keys_and_values_go_where_they_belong(dtype: torch.dtype) -> None:
     from hybrid.generation import kernels
 
@@ -150,22 +162,3 @@ def test_sum_and_norm(dtype: torch.dtype) -> None:
     expected = ops.add_norm(wide[0], wide[1], Norm(wide[2], None, 1e-5))
     for found, right in zip(kernels.add_norm(hidden, mixed, weight, 1e-5), expected, strict=True):
         _close(found, right, LIMITS[dtype])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="graphs are CUDA's")
-def test_a_graph_gives_what_its_kernels_give_one_by_one() -> None:
-    from hybrid.generation.runner import Room, Runner
-    from tests.hybrid.generation.toys import MODEL, make_weights
-
-    weights = make_weights(MODEL, device="cuda", dtype=torch.bfloat16)
-    logits = []
-    for graphs in (True, False):
-        runner = Runner(weights, Room(slots=4, max_length=64, graphs=graphs))
-        reading = runner.reading_rows[0]
-        for row, prompt in enumerate(([1, 2, 3], [4] * 20)):
-            runner.reset(reading)
-            runner.read([reading], [prompt])
-            runner.copy(reading, row)
-        logits.append(torch.stack([runner.step([5, step]).clone() for step in range(8)]))
-    assert torch.equal(*logits)
