@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid.config import Settings
 from hybrid.data.cache import cache_folder
 from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.training.folder import writable
 from recipes import plugins, records, staging, watching
 from recipes.executors import Docker, visible_gpus
 from recipes.records import Record
@@ -46,13 +47,11 @@ def launch(
         print(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in variables.items()), shlex.join(command)]))
         return 0
     _require_image(executor)
-    try:
+    with writable(run):
         staged.mkdir(parents=True)
         for folder in (run / records.LOGS, *(run / folder for folder in around.folders), cache_folder(built.data)):
             folder.mkdir(parents=True, exist_ok=True)
-        staging.stage(staged, [recipe])
-    except OSError as error:
-        raise UserError(f"{staged}: the run's folder cannot be written: {error.strerror}") from None
+    staging.stage(staged, [recipe])
     staging.write_recipe(recipe, run)
     started = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if started.returncode:

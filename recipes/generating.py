@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, Settings, TrainerConfig
+from hybrid.config import Settings
 from hybrid.costs import memory
 from hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
@@ -133,19 +133,6 @@ def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
     raise ConfigError(Problem("--tokenizer", message))
 
 
-def _settings(checkpoint: "Checkpoint") -> Settings:
-    """Settings that say nothing but the model."""
-    return Settings(
-        name="",
-        model=checkpoint.model,
-        parallel=ParallelConfig(),
-        data=DataConfig(),
-        optimizer=OptimizerConfig(),
-        trainer=TrainerConfig(),
-        checkpoint=CheckpointConfig(),
-    )
-
-
 def _dtype(opening: Opening, checkpoint: "Checkpoint") -> "torch.dtype":
     import torch
 
@@ -163,7 +150,7 @@ def _require_memory(opening: Opening, checkpoint: "Checkpoint") -> None:
     import torch
 
     dtype, ranks = _dtype(opening, checkpoint), opening.tensor_parallel
-    needs = memory.inference(_settings(checkpoint), dtype.itemsize)
+    needs = memory.inference(Settings(name="", model=checkpoint.model), dtype.itemsize)
     rows = opening.slots + min(opening.slots, 8)
     state = rows * (needs.state_per_sequence + needs.cache_per_token * opening.max_length)
     if torch.cuda.is_available():
