@@ -37,13 +37,11 @@ def serve(
 ) -> None:
     """Serve a trained model: OpenAI's and Megatron's routes, metrics, and a page to try it."""
     from cli.checkpoints import _fields
-    from hybrid.errors import ConfigError, Problem
     from hybrid.serving.limits import Limits
     from hybrid.serving.server import listen, run
     from recipes import open_generator
 
-    if chat_template is not None and not chat_template.is_file():
-        raise ConfigError(Problem("--chat-template", f"'{chat_template}' is no file"))
+    template = None if chat_template is None else _read(chat_template)
     socket = listen(host, port)  # a port that is taken is said before the model is loaded
     model = open_generator(
         checkpoint,
@@ -59,6 +57,14 @@ def serve(
         allow=tuple(allow or ()),
     )
     model.name = name or model.name
-    if chat_template is not None:
-        model.chat_template = chat_template.read_text()
+    model.chat_template = template or model.chat_template
     run(model, socket, Limits(api_key, int(body_mib * 2**20)), drain)
+
+
+def _read(template: Path) -> str:
+    from hybrid.errors import ConfigError, Problem
+
+    try:
+        return template.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem("--chat-template", f"'{template}' cannot be read: {error}")) from None
