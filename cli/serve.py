@@ -47,6 +47,7 @@ def serve(
         checkpoint,
         max_waiting=queue,
         tokenizer=tokenizer,
+        chat_template=template,
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         slots=slots,
@@ -57,7 +58,6 @@ def serve(
         allow=tuple(allow or ()),
     )
     model.name = name or model.name
-    model.chat_template = template or model.chat_template
     run(model, socket, Limits(api_key, int(body_mib * 2**20)), drain)
 
 
