@@ -12,7 +12,7 @@ from converters.hf_families import FAMILIES, REFUSED, Family
 from converters.tensors import Tensor, cat, select, split
 from converters.torchfile import Files, bytes_plan
 from hybrid.config import ModelConfig
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
@@ -152,7 +152,7 @@ def _canonical(
         used.add("lm_head.weight")
     rest = [name for name in tensors if name not in used and aliases.is_weight(name) and not name.startswith("mtp.")]
     names = [target for name in naming.parameters(model) for target in family.names(name, model)]
-    return result, {"decoder": layers}, {name: naming.nearest(name, names) for name in rest}
+    return result, {"decoder": layers}, {name: nearest(name, names) for name in rest}
 
 
 def _joined(name: str, tensors: list[Tensor], head: int | None) -> Tensor:

@@ -1,14 +1,13 @@
 """The settings of a run as a JSON file, beside the run and inside each of its checkpoints."""
 
 import dataclasses
-import difflib
 import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hybrid import atomic, fields
 from hybrid.config import Settings
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, nearest
 
 FILE_NAME = "settings.json"
 
@@ -34,14 +33,14 @@ def from_dict(values: Any, place: str) -> Settings:
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in sections:
-            problems.append(Problem(place, f"unknown section {name!r}{_nearest(name, sections)}"))
+            problems.append(Problem(place, f"unknown section {name!r}{nearest(name, sections)}"))
         elif dataclasses.is_dataclass(sections[name]):
             if not isinstance(value, dict):
                 problems.append(Problem(place, f"the section '{name}' is {value!r:.40}, not an object of fields"))
                 continue
             known = {field.name for field in dataclasses.fields(sections[name])}
             problems += [
-                Problem(place, f"unknown field '{name}.{key}'{_nearest(key, known)}; written by a newer version?")
+                Problem(place, f"unknown field '{name}.{key}'{nearest(key, known)}; written by a newer version?")
                 for key in value
                 if key not in known
             ]
@@ -88,8 +87,3 @@ def differences(old: Settings, new: Settings) -> dict[str, tuple[Any, Any]]:
         elif before.get(section) != value:
             found[section] = (before.get(section), value)
     return found
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""

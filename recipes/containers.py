@@ -19,9 +19,9 @@ from hybrid.data.cache import cache_folder
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import writable
 from recipes import plugins, records, staging, watching
-from recipes.executors import Docker, visible_gpus
+from recipes.executors import Docker, mount_pairs, visible_gpus
 from recipes.records import Record
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 
 if TYPE_CHECKING:
     import fiddle as fdl
@@ -87,7 +87,7 @@ def _command(
     cache = cache_folder(built.data).absolute()
     folders = dict.fromkeys(str(folder) for folder in (here, run.parent, cache))
     mounts = [f"{folder}:{folder}" for folder in folders]
-    mounts += [mount if ":" in mount else f"{mount}:{mount}" for mount in executor.mounts]
+    mounts += mount_pairs(executor.mounts)
     podman = Path(executor.command).name == "podman"
     own = {"HOME": "/tmp", "PYTHONPATH": f"{staged}/code", "PYTHONSAFEPATH": "1", "XDG_CACHE_HOME": str(cache.parent)}
     # One thread a process is torchrun's own default; share the cores out instead.

@@ -19,7 +19,7 @@ from hybrid.training import folder as run_folder
 from recipes import plugins, records, watching, weights
 from recipes.executors import Local
 from recipes.records import Record
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 from recipes.staging import write_recipe
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _command(run: Path, count: int) -> list[str]:
     worker = ["-m", "recipes.worker", str(run / RECIPE_FILE)]
     if count == 1:
         return [sys.executable, *worker]
-    torchrun = ["-m", "recipes.torchrun", str(run / "logs"), "--standalone", "--nproc-per-node", str(count)]
+    torchrun = ["-m", "recipes.torchrun", str(run / records.LOGS), "--standalone", "--nproc-per-node", str(count)]
     return [sys.executable, *torchrun, *worker]
 
 

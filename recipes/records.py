@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from hybrid import atomic, settings_file
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 from hybrid.training.folder import writable
-from recipes.nodes import nearest
 
 FILE_NAME = "job.json"
 LOGS = "logs"

@@ -10,7 +10,7 @@ from hybrid.errors import UserError
 from hybrid.training.folder import writable
 from recipes import worker
 from recipes.files import to_yaml
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 
 if TYPE_CHECKING:
     import fiddle as fdl

@@ -121,7 +121,7 @@ def test_an_unknown_tensor_is_named_with_the_nearest(
     source = make_legacy(tmp_path / "source", model, weights)
     opened = convert.open_checkpoint(source)
     assert list(opened.unknown) == ["decoder.layers.0.mixer.A_logg"]
-    with pytest.raises(UserError, match=r"A_logg is unknown, the nearest known is decoder.layers.0.mixer.A_log"):
+    with pytest.raises(UserError, match=r"A_logg is unknown; did you mean decoder.layers.0.mixer.A_log"):
         convert.convert(opened, tmp_path / "out", "megatron")
 
 

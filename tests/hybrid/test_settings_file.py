@@ -43,8 +43,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
         ("[1]", "holds a list, not the settings of a run"),
         ("{}", "lacks 'name', which has no default\n.*lacks 'model'"),
         ('{"name": "a", "model": {}, "trainer": 3}', "the section 'trainer' is 3, not an object of fields"),
-        ('{"name": "a", "model": {}, "trainr": {}}', "unknown section 'trainr', did you mean 'trainer'"),
-        ('{"name": "a", "model": {"hiden_size": 3}}', "unknown field 'model.hiden_size', did you mean 'hidden_size'"),
+        ('{"name": "a", "model": {}, "trainr": {}}', "unknown section 'trainr'; did you mean trainer"),
+        ('{"name": "a", "model": {"hiden_size": 3}}', "unknown field 'model.hiden_size'; did you mean hidden_size"),
         ('{"name": "a", "model": {"layer_pattern": 3}}', "model.layer_pattern: is 3, but must be a text or None"),
     ],
 )
