@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cli.text import Allow, Checkpoint, Dtype, Invariant, Known, MaxLength, TensorParallel, TokenizerOption
+from cli.checkpoints import Allow, model_fields
+from cli.text import Checkpoint, Dtype, Invariant, Known, MaxLength, TensorParallel, TokenizerOption
 
 
 def register(app: typer.Typer) -> None:
@@ -36,7 +37,6 @@ def serve(
     allow: Allow = None,
 ) -> None:
     """Serve a trained model: OpenAI's and Megatron's routes, metrics, and a page to try it."""
-    from cli.checkpoints import _fields
     from hybrid.serving.limits import Limits
     from hybrid.serving.server import listen, run
     from recipes import open_generator
@@ -54,7 +54,7 @@ def serve(
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         batch_invariant=batch_invariant,
-        known=_fields(known),
+        known=model_fields(known),
         allow=tuple(allow or ()),
     )
     model.name = name or model.name
