@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cli import completion
+from cli.describe import Json, print_json
 
 Source = Annotated[
     str,
@@ -43,24 +44,24 @@ def inspect(
         Literal["text", "yaml"], typer.Option("--format", help="yaml: a recipe that show and plan take as @file.yaml.")
     ] = "text",
     allow: Allow = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a checkpoint is: format, model, layout, number formats, sizes. Its weights are not read."""
     from converters import convert as converting
     from converters import summary
 
-    checkpoint = converting.open_checkpoint(path, _fields(known), allow or [])
+    checkpoint = converting.open_checkpoint(path, model_fields(known), allow or [])
     if other is not None:
-        second = converting.open_checkpoint(other, _fields(known), allow or [])
+        second = converting.open_checkpoint(other, model_fields(known), allow or [])
         found = list(summary.diff(checkpoint, second))
         if as_json:
-            _print_json([vars(difference) for difference in found])
+            print_json([vars(difference) for difference in found])
         else:
             typer.echo("\n".join(map(str, found)) or "no difference")
         raise typer.Exit(1 if found else 0)
     if as_json:
         shapes = {name: [list(tensor.shape), tensor.dtype] for name, tensor in checkpoint.tensors.items()}
-        _print_json(summary.facts(checkpoint) | ({"shapes": shapes} if tensors else {}))
+        print_json(summary.facts(checkpoint) | ({"shapes": shapes} if tensors else {}))
     elif form == "yaml":
         typer.echo(summary.recipe(checkpoint), nl=False)
     else:
@@ -100,7 +101,7 @@ def convert(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Carry the optimizer's state over, too.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything back and compare.")] = False,
     allow: Allow = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a checkpoint in another format or parallel layout, bit by bit the same weights.
 
@@ -121,45 +122,51 @@ def convert(
         drop_mtp=drop_mtp,
         fused_norms=not separate_norms,
         optimizer=optimizer,
-        overrides=_fields(known),
+        overrides=model_fields(known),
         allow=allow or [],
         verify=verify,
         report=_progress if sys.stderr.isatty() else None,
     )
     if as_json:
-        _print_json({"path": str(result.path), "format": result.format, "files": result.files, "bytes": result.nbytes})
+        print_json({"path": str(result.path), "format": result.format, "files": result.files, "bytes": result.nbytes})
     else:
         typer.echo(str(result))
 
 
-def _fields(arguments: list[str] | None) -> dict[str, Any]:
-    """Fields of the model from key=value, in the grammar of recipes; `model.` may be left out."""
+def model_fields(arguments: list[str] | None) -> dict[str, Any]:
+    """Fields of the model from key=value, in the grammar of recipes; `model.` may be left out.
+
+    Raises ConfigError with everything that is wrong in them.
+    """
     from typing import get_type_hints
 
     from hybrid.config import ModelConfig
-    from hybrid.errors import ConfigError, Problem
+    from hybrid.errors import ConfigError, Problem, nearest
     from recipes import overrides, typed
 
     hints = get_type_hints(ModelConfig)
     result: dict[str, Any] = {}
+    problems: list[Problem] = []
     for argument in arguments or []:
-        override = overrides.parse(argument)
+        try:
+            override = overrides.parse(argument)
+        except ConfigError as error:
+            problems += error.problems
+            continue
         name = override.key.removeprefix("model.")
         if name not in hints or override.operator != "=":
-            raise ConfigError(Problem(argument, "is no field=value of the model; `hybrid show` lists its fields"))
+            message = f"is no field=value of the model{nearest(name, hints)}; `hybrid show` lists its fields"
+            problems.append(Problem(argument, message))
+            continue
         try:
             result[name] = typed.parse(override.value, hints[name])
         except ValueError as error:
-            raise ConfigError(Problem(name, str(error))) from None
+            problems.append(Problem(name, str(error)))
+    if problems:
+        raise ConfigError(problems)
     return result
 
 
 def _progress(progress: Any) -> None:
     done = progress.done == progress.total
     typer.echo(f"\r{progress}", err=True, nl=done)
-
-
-def _print_json(facts: object) -> None:
-    import json
-
-    typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))

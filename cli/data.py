@@ -1,10 +1,10 @@
 """Verbs about training data."""
 
-import json
-import sys
 from typing import Annotated
 
 import typer
+
+from cli.describe import Json, print_json
 
 app = typer.Typer(name="data", help="Prepare training data.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def prepare(
     output: Annotated[str, typer.Option(metavar="PREFIX", help="Write PREFIX.bin and PREFIX.idx.")],
     key: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that encode; default: one a core.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Turn text, JSON lines or Parquet into Megatron's .bin/.idx files; the same command again goes on."""
     from hybrid.data.prepare_files import prepare_files
@@ -45,7 +45,6 @@ def prepare(
         workers=workers,
     )
     if as_json:
-        json.dump(prepared.facts(), sys.stdout, indent=2)
-        typer.echo()
+        print_json(prepared.facts())
     else:
         typer.echo(prepared)

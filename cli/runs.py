@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import completion
 from cli.describe import Json, print_json
+
+if TYPE_CHECKING:
+    from recipes.watching import State
 
 Run = Annotated[
     str,
@@ -111,21 +114,18 @@ def plot(
     typer.echo(f"drawn into {output}")
 
 
-def _step(state: "object") -> str:
-    step, steps = getattr(state, "step", None), getattr(state, "steps", None)
-    return "" if step is None else f"{step}/{steps}" if steps else str(step)
+def _step(state: "State") -> str:
+    return "" if state.step is None else f"{state.step}/{state.steps}" if state.steps else str(state.step)
 
 
-def _loss(state: "object") -> str:
-    loss = getattr(state, "loss", None)
-    return "" if loss is None else f"{loss:.4f}"
+def _loss(state: "State") -> str:
+    return "" if state.loss is None else f"{state.loss:.4f}"
 
 
-def _bits(state: "object") -> str:
-    bits = getattr(state, "bits_per_byte", {})
-    return f"{next(iter(bits.values())):.3f}" if bits else ""
+def _bits(state: "State") -> str:
+    return f"{next(iter(state.bits_per_byte.values())):.3f}" if state.bits_per_byte else ""
 
 
-def _speed(state: "object") -> str:
-    speed = getattr(state, "metrics", {}).get("tokens_per_second")
+def _speed(state: "State") -> str:
+    speed = state.metrics.get("tokens_per_second")
     return f"{speed:,.0f}" if speed else ""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cli.text import Allow, Checkpoint, Dtype, Invariant, Known, MaxLength, TensorParallel, TokenizerOption
+from cli.checkpoints import Allow, model_fields
+from cli.text import Checkpoint, Dtype, Invariant, Known, MaxLength, TensorParallel, TokenizerOption
 
 
 def register(app: typer.Typer) -> None:
@@ -36,29 +37,34 @@ def serve(
     allow: Allow = None,
 ) -> None:
     """Serve a trained model: OpenAI's and Megatron's routes, metrics, and a page to try it."""
-    from cli.checkpoints import _fields
-    from hybrid.errors import ConfigError, Problem
     from hybrid.serving.limits import Limits
     from hybrid.serving.server import listen, run
     from recipes import open_generator
 
-    if chat_template is not None and not chat_template.is_file():
-        raise ConfigError(Problem("--chat-template", f"'{chat_template}' is no file"))
+    template = None if chat_template is None else _read(chat_template)
     socket = listen(host, port)  # a port that is taken is said before the model is loaded
     model = open_generator(
         checkpoint,
         max_waiting=queue,
         tokenizer=tokenizer,
+        chat_template=template,
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         slots=slots,
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         batch_invariant=batch_invariant,
-        known=_fields(known),
+        known=model_fields(known),
         allow=tuple(allow or ()),
     )
     model.name = name or model.name
-    if chat_template is not None:
-        model.chat_template = chat_template.read_text()
     run(model, socket, Limits(api_key, int(body_mib * 2**20)), drain)
+
+
+def _read(template: Path) -> str:
+    from hybrid.errors import ConfigError, Problem
+
+    try:
+        return template.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem("--chat-template", f"'{template}' cannot be read: {error}")) from None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import completion
+from cli.checkpoints import Allow, model_fields
 
 Checkpoint = Annotated[
     str,
@@ -30,10 +31,6 @@ Invariant = Annotated[
 Known = Annotated[
     list[str] | None,
     typer.Option("--known", metavar="KEY=VALUE", help="What the checkpoint does not say, as for inspect."),
-]
-Allow = Annotated[
-    list[str] | None,
-    typer.Option("--allow-pickle", metavar="NAME", help="Read past this name in a pickle; nothing of it is run."),
 ]
 
 
@@ -94,7 +91,6 @@ def generate(
     else:
         text = _prompt(prompt, prompt_file)
         batches.check(text, settings)
-    from cli.checkpoints import _fields
     from recipes import open_generator
 
     with open_generator(
@@ -105,7 +101,7 @@ def generate(
         max_length=max_length,
         slots=slots if batch is not None else 1,
         batch_invariant=batch_invariant,
-        known=_fields(known),
+        known=model_fields(known),
         allow=tuple(allow or ()),
     ) as model:
         if batch is not None:

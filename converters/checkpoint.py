@@ -13,7 +13,7 @@ from converters.tensors import Tensor
 from converters.torchfile import Files, bytes_plan
 from hybrid import pattern
 from hybrid.config import ModelConfig, Settings
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 
 COMPANIONS = re.compile(
     r"(hybrid_)?tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template.*|"
@@ -147,7 +147,7 @@ def complete(
     if problems:
         raise ConfigError(problems)
     expected = naming.parameters(model)
-    return model, assumed, missing, {name: naming.nearest(name, expected) for name in unknown}
+    return model, assumed, missing, {name: nearest(name, expected) for name in unknown}
 
 
 def _layers(text: str) -> str:

@@ -12,7 +12,7 @@ from converters.hf_families import FAMILIES, REFUSED, Family
 from converters.tensors import Tensor, cat, select, split
 from converters.torchfile import Files, bytes_plan
 from hybrid.config import ModelConfig
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
@@ -152,7 +152,7 @@ def _canonical(
         used.add("lm_head.weight")
     rest = [name for name in tensors if name not in used and aliases.is_weight(name) and not name.startswith("mtp.")]
     names = [target for name in naming.parameters(model) for target in family.names(name, model)]
-    return result, {"decoder": layers}, {name: naming.nearest(name, names) for name in rest}
+    return result, {"decoder": layers}, {name: nearest(name, names) for name in rest}
 
 
 def _joined(name: str, tensors: list[Tensor], head: int | None) -> Tensor:
@@ -193,7 +193,7 @@ def _tensors(folder: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     for path in _weight_files(folder):
         if not path.is_file():
             raise UserError(f"{path} is missing")
-        raw |= safefile.load(path) if path.suffix == ".safetensors" else _only_tensors(torchfile.load(path, allow))
+        raw |= safefile.load(path) if path.suffix == ".safetensors" else _pickled(path, allow)
     result: dict[str, Tensor] = {}
     for name, tensor in raw.items():
         # transformers 5 calls NemotronH's stack `model.` in memory and may save it so.
@@ -207,9 +207,12 @@ def _tensors(folder: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     return result
 
 
-def _only_tensors(content: Any) -> dict[str, Tensor]:
+def _pickled(path: Path, allow: Iterable[str]) -> dict[str, Tensor]:
+    content = torchfile.load(path, allow)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 

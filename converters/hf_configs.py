@@ -43,7 +43,10 @@ def nemotron_h_fields(config: Json) -> Json:
     """What a config of NemotronH says of a model. Raises ConfigError for an activation our config has not."""
     symbols = {**{block: symbol for symbol, block in _BLOCKS.items()}, "mamba": "M", "attention": "*"}
     blocks = config.get("layers_block_type") or config.get("layer_types")
-    pattern = config.get("hybrid_override_pattern") or "".join(symbols[block] for block in blocks or [])
+    pattern = config.get("hybrid_override_pattern") or "".join(symbols.get(str(block), "?") for block in blocks or [])
+    if "?" in pattern:
+        strange = ", ".join(sorted({str(block) for block in blocks or []} - symbols.keys()))
+        raise ConfigError(Problem("layers_block_type", f"has {strange}; the known ones are {', '.join(symbols)}"))
     activation = config.get("mlp_hidden_act", "relu2")
     found = _pick(
         config,

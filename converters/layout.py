@@ -12,15 +12,7 @@ from converters import naming
 from converters.naming import LAYER, Param
 from converters.tensors import Shape, Tensor, cat, narrow, split
 from hybrid import layer_checks, pattern
-from hybrid.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Settings,
-    TrainerConfig,
-)
+from hybrid.config import ModelConfig, ParallelConfig, Settings
 from hybrid.errors import ConfigError, Problem
 from hybrid.pattern import Pattern
 
@@ -73,10 +65,6 @@ def target(model: ModelConfig, tensor: int = 1, pipeline: int = 1, expert: int =
         name="",
         model=replace(model, layer_pattern=str(stages), num_layers=None),
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1),
-        data=DataConfig(),
-        optimizer=OptimizerConfig(),
-        trainer=TrainerConfig(),
-        checkpoint=CheckpointConfig(),
     )
     problems = [*layer_checks.model(settings), *layer_checks.layers(settings, stages)]
     # megatron-core cannot save this from a running model; a file is another matter.

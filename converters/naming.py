@@ -41,7 +41,6 @@ attention: rq and rk the low ranks, n, p and v the widths of a head without rota
 A LayerNorm has a bias beside each weight (`layer_norm_bias`, `.bias`).
 """  # noqa: E501
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -156,12 +155,6 @@ def parts(kind: str, name: str, sizes: dict[str, int]) -> tuple[tuple[str, int],
     elif sizes.get("gated") and re.search(r"\.linear_fc1\.(weight|bias)\d*$", name):
         return ("gate", sizes["f"]), ("up", sizes["f"])
     return ()
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`, the nearest known is X`, or nothing if none is near."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", the nearest known is {close[0]}" if close else ""
 
 
 def layers(names: Iterable[str]) -> Iterator[tuple[str, int, str]]:

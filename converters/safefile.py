@@ -36,19 +36,22 @@ def load(path: Path) -> dict[str, Tensor]:
         if size < 8 or length > size - 8:
             raise UserError(f"{path} is truncated: it has {size} bytes, its header alone takes {length + 8}")
         try:
-            header = json.loads(file.read(length))
-        except ValueError:
+            header = dict(json.loads(file.read(length)))
+        except (ValueError, TypeError):
             raise UserError(f"{path} is no safetensors file, or its header is damaged") from None
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{path}: {name} has the number format {entry['dtype']}, which is not read")
-        start, end = entry["data_offsets"]
-        tensor = stored(path, 8 + length + start, entry["shape"], DTYPES[entry["dtype"]])
+        try:
+            dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: its header is damaged at the tensor {name}") from None
+        if dtype not in DTYPES:
+            raise UserError(f"{path}: {name} has the number format {dtype}, which is not read")
+        tensor = stored(path, 8 + length + start, shape, DTYPES[dtype])
         if tensor.nbytes != end - start:
-            raise UserError(f"{path}: {name} of shape {entry['shape']} has {end - start} bytes, not {tensor.nbytes}")
+            raise UserError(f"{path}: {name} of shape {shape} has {end - start} bytes, not {tensor.nbytes}")
         if 8 + length + end > size:
             raise UserError(f"{path} is truncated: it has {size} bytes, {name} reaches to byte {8 + length + end}")
         tensors[name] = tensor

@@ -29,16 +29,8 @@ from converters.megatron import TRACKER, is_mamba1
 from converters.tensors import Blob, Tensor, cat, select, split, stack
 from converters.torchfile import Files, Plan, bytes_plan
 from hybrid import settings_file
-from hybrid.config import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Settings,
-    TrainerConfig,
-)
-from hybrid.errors import ConfigError, UserError
+from hybrid.config import ModelConfig, Settings
+from hybrid.errors import UserError
 
 HEAD = "metadata.json"
 COMMON = "common_state/shard_0_1"
@@ -277,27 +269,12 @@ def _common(folder: Path, objects: Mapping[str, Blob], allow: Iterable[str]) -> 
 
 def _settings(folder: Path) -> Settings | None:
     """The settings of the run that saved it, if it was one of ours."""
-    if not (folder / settings_file.FILE_NAME).is_file():
-        return None
-    try:
-        return settings_file.read(folder)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder / settings_file.FILE_NAME} cannot be read: {error}") from None
+    return settings_file.read(folder) if (folder / settings_file.FILE_NAME).is_file() else None
 
 
 def _settings_plan(source: Checkpoint, target: Layout) -> Plan:
     """Settings with this model, so that the checkpoint says what it is to everything that reads ours."""
-    settings = source.settings or Settings(
-        name=source.path.name,
-        model=source.model,
-        parallel=ParallelConfig(),
-        data=DataConfig(),
-        optimizer=OptimizerConfig(),
-        trainer=TrainerConfig(),
-        checkpoint=CheckpointConfig(),
-    )
+    settings = source.settings or Settings(name=source.path.name, model=source.model)
     model = replace(source.model, layer_pattern=str(target.pattern), num_layers=None)
     parallel = replace(
         settings.parallel,

@@ -113,13 +113,6 @@ def elements(blob: Blob) -> int:
     return content.pieces[0].offset
 
 
-def is_torch_file(path: Path) -> bool:
-    """Whether the file begins like one that torch.save writes."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-    return head.startswith((b"PK\x03\x04", b"\x80\x02\x8a\x0a"))
-
-
 def _no_archive(path: Path, file: IO[bytes]) -> UserError:
     file.seek(0)
     head = file.read(4)

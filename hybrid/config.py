@@ -313,11 +313,11 @@ class Settings:
 
     name: str = option(MISSING, "what the run is called, and its folder in `folder`")
     model: ModelConfig
-    parallel: ParallelConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    checkpoint: CheckpointConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
     folder: str = option("runs", "where the folders of runs are")
     plugins: list[str] = option([], "what is arranged around the run, such as performance or wandb(project='x')")

@@ -1,5 +1,6 @@
 """What a user did wrong, said in the user's own terms."""
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,3 +41,9 @@ class ConfigError(UserError):
             problems = [problems]
         self.problems = list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return '; did you mean X?' if one of `valid` is near to `name`, else ''."""
+    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -11,10 +11,9 @@ from hybrid.config import Settings
 from hybrid.costs import parameters
 from hybrid.costs.hardware import GPUS
 from hybrid.costs.plan import evaluate
-from hybrid.errors import Problem
+from hybrid.errors import Problem, nearest
 from recipes import slurm_script, weights
 from recipes.executors import Slurm, seconds
-from recipes.nodes import nearest
 from recipes.records import shell
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from hybrid.config import Settings
 from hybrid.data.cache import cache_folder
 from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.training.folder import writable
 from recipes import plugins, records, staging, watching
-from recipes.executors import Docker, visible_gpus
+from recipes.executors import Docker, mount_pairs, visible_gpus
 from recipes.records import Record
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 
 if TYPE_CHECKING:
     import fiddle as fdl
@@ -46,13 +47,11 @@ def launch(
         print(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in variables.items()), shlex.join(command)]))
         return 0
     _require_image(executor)
-    try:
+    with writable(run):
         staged.mkdir(parents=True)
         for folder in (run / records.LOGS, *(run / folder for folder in around.folders), cache_folder(built.data)):
             folder.mkdir(parents=True, exist_ok=True)
-        staging.stage(staged, [recipe])
-    except OSError as error:
-        raise UserError(f"{staged}: the run's folder cannot be written: {error.strerror}") from None
+    staging.stage(staged, [recipe])
     staging.write_recipe(recipe, run)
     started = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if started.returncode:
@@ -88,7 +87,7 @@ def _command(
     cache = cache_folder(built.data).absolute()
     folders = dict.fromkeys(str(folder) for folder in (here, run.parent, cache))
     mounts = [f"{folder}:{folder}" for folder in folders]
-    mounts += [mount if ":" in mount else f"{mount}:{mount}" for mount in executor.mounts]
+    mounts += mount_pairs(executor.mounts)
     podman = Path(executor.command).name == "podman"
     own = {"HOME": "/tmp", "PYTHONPATH": f"{staged}/code", "PYTHONSAFEPATH": "1", "XDG_CACHE_HOME": str(cache.parent)}
     # One thread a process is torchrun's own default; share the cores out instead.

@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import re
 import shlex
 import statistics
@@ -13,9 +12,8 @@ from typing import Any
 
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import METRICS_FILE
-from recipes import records
+from recipes import records, watching
 
-INSTALL = "pip install matplotlib"
 FORMATS = (".png", ".html")
 
 # Points of a curve beyond which neighbours are averaged, and the share of a curve that a smooth one averages over.
@@ -55,11 +53,7 @@ def read(folder: Path) -> Curves:
         path = folder / METRICS_FILE
         text = path.read_text() if path.is_file() else ""
     curves = Curves(folder.name)
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line may be half written
-            continue
+    for entry in watching.entries(text):
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float):
                 steps, values = curves.metrics.setdefault(name, ([], []))
@@ -77,7 +71,9 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError(Problem("plot", f"needs matplotlib, which is not installed here; `{INSTALL}`")) from None
+        raise ConfigError(
+            Problem("plot", "needs matplotlib, which is not installed here; `pip install matplotlib`")
+        ) from None
     matplotlib.use("agg")
     figure = _figure(runs)
     try:

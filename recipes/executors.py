@@ -116,6 +116,11 @@ def docker(image: str = "hybrid-recipes", **fields: Any) -> Docker:
     return Docker(image=image, **fields)
 
 
+def mount_pairs(mounts: list[str]) -> list[str]:
+    """A container's mounts as docker and pyxis take them: HOST:CONTAINER."""
+    return [mount if ":" in mount else f"{mount}:{mount}" for mount in mounts]
+
+
 def visible_gpus() -> int:
     """NVIDIA GPUs that a process started here would see; asked of the system, since asking torch costs seconds."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

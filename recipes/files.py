@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import hybrid.run
 from hybrid.config import Settings
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, typed
 from recipes.settle import settle
 
@@ -90,7 +90,7 @@ class Document:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             near = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise ConfigError(Problem(str(path), f"there is no such file{nodes.nearest(path.name, near)}")) from None
+            raise ConfigError(Problem(str(path), f"there is no such file{nearest(path.name, near)}")) from None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(Problem(str(path), f"cannot be read as text: {error}")) from None
         try:
@@ -151,7 +151,7 @@ class Document:
         ]
         if held.value in tasks:
             return str(held.value)
-        message = f"there is no task {held.value!r}{nodes.nearest(str(held.value), tasks)}"
+        message = f"there is no task {held.value!r}{nearest(str(held.value), tasks)}"
         self.problems.append(Problem(self.place(key), message, f"valid names: {', '.join(tasks)}"))
         return None
 
@@ -160,7 +160,7 @@ class Document:
     ) -> None:
         for name, (key, _) in entries.items():
             if name not in valid and name not in also:
-                message = f"{what} has no field {name}{nodes.nearest(name, valid)}"
+                message = f"{what} has no field {name}{nearest(name, valid)}"
                 self.problems.append(Problem(self.place(key), message, f"valid names: {', '.join(valid)}"))
 
     def section(self, node: "yaml.Node", name: str) -> "fdl.Config[Any]":

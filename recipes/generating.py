@@ -5,7 +5,6 @@ with open_generator("tiny") as model:
     print(model.generate("def ").text)
 """
 
-import json
 import multiprocessing
 import socket
 from collections.abc import Mapping
@@ -14,8 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig, Settings, TrainerConfig
+from hybrid.config import Settings
 from hybrid.costs import memory
+from hybrid.data.chat_template import ChatTemplate, find_template, special_tokens
 from hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
 
@@ -39,6 +39,7 @@ class Opening:
 
     reference: str
     tokenizer: str | None = None  # a tokenizer's file or folder; None: the one that the checkpoint names or brings
+    chat_template: str | None = None  # in Jinja; None: the tokenizer's own
     dtype: str | None = None  # None: the checkpoint's own on a GPU, float32 on a CPU
     tensor_parallel: int = 1
     slots: int = 32
@@ -75,26 +76,19 @@ def open_generator(reference: str | Path, *, max_waiting: int = 256, **options: 
     opening = Opening(reference=str(reference), **options)
     checkpoint = _checkpoint(opening)
     tokenizer = _tokenizer(opening, checkpoint)
+    template = _chat_template(opening, checkpoint, tokenizer)
     opening = _limited(opening, checkpoint)
     _require_memory(opening, checkpoint)
     runner = _runner(opening, checkpoint) if opening.tensor_parallel == 1 else _lead(opening, checkpoint)
-    template = chat_template(_tokenizer_folder(opening, checkpoint))
     name = checkpoint.path.name if Path(opening.reference).exists() else opening.reference
-    return Generator(runner, tokenizer, name, max_waiting=max_waiting, chat_template=template)
-
-
-def chat_template(folder: Path | None) -> str | None:
-    """The chat template that lies with a tokenizer, in a file of its own or in its configuration."""
-    if folder is None or not folder.is_dir():
-        return None
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text()
-    config = folder / "tokenizer_config.json"
-    template = json.loads(config.read_text()).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # several, by name
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+    return Generator(
+        runner,
+        tokenizer,
+        name,
+        max_waiting=max_waiting,
+        chat_template=template,
+        plain_chats=checkpoint.settings is not None and checkpoint.settings.data.source == "sft",
+    )
 
 
 def _checkpoint(opening: Opening) -> "Checkpoint":
@@ -116,10 +110,15 @@ def _limited(opening: Opening, checkpoint: "Checkpoint") -> Opening:
     return replace(opening, max_length=min(opening.max_length, learned.shape[0]))
 
 
-def _tokenizer_folder(opening: Opening, checkpoint: "Checkpoint") -> Path | None:
-    if opening.tokenizer is not None:
-        return Path(opening.tokenizer)
-    return checkpoint.tokenizer_folder
+def _chat_template(opening: Opening, checkpoint: "Checkpoint", tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The template that was named, else the tokenizer's own, else one that lies beside it."""
+    folder = Path(opening.tokenizer) if opening.tokenizer is not None else checkpoint.tokenizer_folder
+    try:
+        if opening.chat_template is not None:
+            return ChatTemplate(opening.chat_template, special_tokens(folder) if folder else ())
+        return tokenizer.chat_template or (find_template(folder) if folder else None)
+    except ValueError as error:
+        raise ConfigError(Problem("--tokenizer", f"'{folder}' cannot be read: {error}")) from None
 
 
 def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
@@ -131,19 +130,6 @@ def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
         return load_tokenizer(checkpoint.settings.data.tokenizer)
     message = f"{checkpoint.path} has no tokenizer beside it; name a file or folder, or 'byte'"
     raise ConfigError(Problem("--tokenizer", message))
-
-
-def _settings(checkpoint: "Checkpoint") -> Settings:
-    """Settings that say nothing but the model."""
-    return Settings(
-        name="",
-        model=checkpoint.model,
-        parallel=ParallelConfig(),
-        data=DataConfig(),
-        optimizer=OptimizerConfig(),
-        trainer=TrainerConfig(),
-        checkpoint=CheckpointConfig(),
-    )
 
 
 def _dtype(opening: Opening, checkpoint: "Checkpoint") -> "torch.dtype":
@@ -163,7 +149,7 @@ def _require_memory(opening: Opening, checkpoint: "Checkpoint") -> None:
     import torch
 
     dtype, ranks = _dtype(opening, checkpoint), opening.tensor_parallel
-    needs = memory.inference(_settings(checkpoint), dtype.itemsize)
+    needs = memory.inference(Settings(name="", model=checkpoint.model), dtype.itemsize)
     rows = opening.slots + min(opening.slots, 8)
     state = rows * (needs.state_per_sequence + needs.cache_per_token * opening.max_length)
     if torch.cuda.is_available():

@@ -8,9 +8,8 @@ argument history. What a command line or a file has set is recorded with the loc
 import contextlib
 import copy
 import dataclasses
-import difflib
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -129,12 +128,6 @@ def _hide_this_file() -> None:
     from fiddle import history
 
     history.add_exclude_location("recipes/nodes.py")
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """Return '; did you mean X?' if one of `valid` is near to `name`, else ''."""
-    found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def has_no_order(filename: str) -> bool:

@@ -5,12 +5,12 @@ from html import escape
 from pathlib import Path
 
 from hybrid import pattern as patterns
+from hybrid.costs.hardware import GIB
 from hybrid.costs.plan import Plan
 from hybrid.errors import UserError
 from hybrid.pattern import LAYER_KINDS
 
 WIDTH, MARGIN, BAR = 960, 24, 26
-GIB = 2**30
 # Colours that stay apart for colour-blind readers (Okabe and Ito, 2008).
 _LAYERS = {
     "M": "#0072b2",

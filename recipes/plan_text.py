@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 
 from hybrid import checks
+from hybrid.costs.hardware import GIB
 from hybrid.costs.plan import Plan, Stage
 from hybrid.costs.search import Search
 from hybrid.pattern import CONVERTED, LAYER_KINDS
 from recipes.planning import Planned
 
 Paint = Callable[[str, str], str]
-GIB = 2**30
 _INDENT = " " * 14
 
 

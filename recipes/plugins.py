@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid.config import Settings
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, nearest
 from recipes import registry
-from recipes.nodes import nearest
 
 
 @dataclass

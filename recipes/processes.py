@@ -7,18 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid import atomic
 from hybrid.config import Settings
 from hybrid.errors import UserError
 from hybrid.training import folder as run_folder
 from recipes import plugins, records, watching, weights
 from recipes.executors import Local
 from recipes.records import Record
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 from recipes.staging import write_recipe
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def launch(
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
         return 0
     write_recipe(recipe, run)
-    for name in around.folders:
-        (run / name).mkdir(exist_ok=True)
+    with run_folder.writable(run):
+        for name in around.folders:
+            (run / name).mkdir(exist_ok=True)
     if count == 1 and not detach and not own_process and not around.prefix:
         os.environ.update(variables)
         return run_here(recipe, built)
@@ -83,7 +85,7 @@ def _command(run: Path, count: int) -> list[str]:
     worker = ["-m", "recipes.worker", str(run / RECIPE_FILE)]
     if count == 1:
         return [sys.executable, *worker]
-    torchrun = ["-m", "recipes.torchrun", str(run / "logs"), "--standalone", "--nproc-per-node", str(count)]
+    torchrun = ["-m", "recipes.torchrun", str(run / records.LOGS), "--standalone", "--nproc-per-node", str(count)]
     return [sys.executable, *torchrun, *worker]
 
 
@@ -100,7 +102,9 @@ def _recorded(run: Path, pid: int) -> Iterator[_Ended]:
     try:
         yield ended
     finally:
-        (run / _ENDED).write_text(f"{ended.code}\n")
+        # On a full disk, what ended the run is what is to be said.
+        with suppress(OSError):
+            atomic.write_text(run / _ENDED, f"{ended.code}\n")
 
 
 def _remember(run: Path, pid: int, log: str) -> None:
@@ -113,15 +117,16 @@ def _remember(run: Path, pid: int, log: str) -> None:
         process=(pid, watching.process_start(pid)),
         machine=socket.gethostname(),
     )
-    (run / records.LOGS).mkdir(exist_ok=True)
-    (run / _ENDED).unlink(missing_ok=True)
+    with run_folder.writable(run):
+        (run / records.LOGS).mkdir(exist_ok=True)
+        (run / _ENDED).unlink(missing_ok=True)
     records.write(record, run)
 
 
 def _detach(command: list[str], environment: dict[str, str], run: Path) -> int:
     # A shell waits for the run and writes down how it ended; it takes no notice of what asks the run to stop.
     script = f'trap : TERM INT USR1; "$@"; code=$?; echo $code > {shlex.quote(str(run / _ENDED))}; exit $code'
-    with (run / CONSOLE_FILE).open("w") as output:
+    with run_folder.writable(run), (run / CONSOLE_FILE).open("w") as output:
         process = subprocess.Popen(
             ["bash", "-c", script, "hybrid", *command],
             env=environment,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, overrides, registry, typed
 from recipes.executors import KINDS, Executor
 
@@ -83,7 +83,7 @@ def profiles() -> dict[str, Profile]:
             values = {argument: document.value(held, argument, field) for argument, (_, held) in fields.items()}
             found[name] = Profile(kind, values)
         else:
-            what = f"there is no kind '{kind}'{nodes.nearest(kind, KINDS)}" if kind else "the executor has no kind"
+            what = f"there is no kind '{kind}'{nearest(kind, KINDS)}" if kind else "the executor has no kind"
             detail = f"valid kinds: {', '.join(KINDS)}, or path/to/file.py:function"
             document.problems.append(Problem(document.place(key), f"{name}: {what}", detail))
     document.raise_problems()
@@ -101,7 +101,7 @@ def executor(name: str, arguments: Sequence[str] = ()) -> "Executor | nemo_run.E
     known = profiles()
     if name not in known:
         detail = f"valid names: {', '.join(known)}, or path/to/file.py:function; your own ones are in {path()}"
-        raise ConfigError(Problem("--executor", f"there is no executor '{name}'{nodes.nearest(name, known)}", detail))
+        raise ConfigError(Problem("--executor", f"there is no executor '{name}'{nearest(name, known)}", detail))
     profile = known[name]
     if profile.kind in KINDS:
         return _build(KINDS[profile.kind], profile.values, arguments)
@@ -132,7 +132,7 @@ def _override(found: Any, arguments: Sequence[str]) -> Any:
     for override in map(overrides.parse, arguments):
         name = override.key.removeprefix(f"{PREFIX}.")
         if name not in valid:
-            message = f"a {type(found).__name__} has no field {name}{nodes.nearest(name, valid)}"
+            message = f"a {type(found).__name__} has no field {name}{nearest(name, valid)}"
             problems.append(Problem(override.key, message, f"valid names: {', '.join(valid)}"))
         elif override.operator != "=":
             problems.append(Problem(override.key, f"'{override.operator}' is for our own executors; set it with '='"))

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hybrid import settings_file
-from hybrid.errors import ConfigError, Problem, UserError
-from recipes.nodes import nearest
+from hybrid import atomic, settings_file
+from hybrid.errors import ConfigError, Problem, UserError, nearest
+from hybrid.training.folder import writable
 
 FILE_NAME = "job.json"
 LOGS = "logs"
@@ -45,13 +45,9 @@ class Record:
 
 def write(record: Record, folder: Path) -> None:
     """Remember a start in the run's folder on this machine. Raises UserError if it cannot be written."""
-    try:
+    with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        beside = folder / f"{FILE_NAME}.new"
-        beside.write_text(json.dumps(asdict(record), indent=1) + "\n")
-        beside.replace(folder / FILE_NAME)
-    except OSError as error:
-        raise UserError(f"{folder}: the run's folder cannot be written: {error.strerror}") from None
+        atomic.write_text(folder / FILE_NAME, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def read(folder: Path) -> Record | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, typed
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def resolve_section(section: str, reference: str, present: Mapping[str, Any] | N
             Problem(
                 section,
                 f"is a section, and '{reference}' is neither a part nor a recipe"
-                f"{nodes.nearest(target, valid)}; single fields are set with {section}.{field}=...",
+                f"{nearest(target, valid)}; single fields are set with {section}.{field}=...",
                 f"valid names: {', '.join(valid)}, or @file.yaml, or path/to/file.py:function",
             )
         )
@@ -184,7 +184,7 @@ def load_function(reference: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         near = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = nodes.nearest(path.name, [other.name for other in near])
+        hint = nearest(path.name, [other.name for other in near])
         raise ConfigError(Problem(file, f"there is no such file{hint}"))
     module = _load_module(path.resolve(), file)
     functions = {
@@ -200,7 +200,7 @@ def load_function(reference: str) -> Callable[..., Any]:
         raise ConfigError(
             Problem(file, f"say which function, as in {file}:{valid[0] if valid else 'my_recipe'}", detail)
         )
-    raise ConfigError(Problem(reference, f"{file} has no function {name}{nodes.nearest(name, valid)}", detail))
+    raise ConfigError(Problem(reference, f"{file} has no function {name}{nearest(name, valid)}", detail))
 
 
 @cache
@@ -258,7 +258,7 @@ def call(
             name, equals, text = typed.cut(item, "=")
             name, text = (name.strip(), text) if equals else (names[number] if number < len(names) else "", item)
             if name not in names:
-                what = f"takes no argument '{name}'{nodes.nearest(name, names)}" if name else "takes fewer arguments"
+                what = f"takes no argument '{name}'{nearest(name, names)}" if name else "takes fewer arguments"
                 raise ValueError(f"{what}; {'its arguments: ' + ', '.join(names) if names else 'it takes none'}")
             if name in given:
                 raise ValueError(f"the argument {name} is there twice")
@@ -306,6 +306,6 @@ def _unknown(reference: str, target: str) -> Problem:
         )
     return Problem(
         reference,
-        f"there is no recipe of this name{nodes.nearest(target, entries())}",
+        f"there is no recipe of this name{nearest(target, entries())}",
         f"valid names: {', '.join(entries())}, or path/to/file.py:function, or @file.yaml",
     )

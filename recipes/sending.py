@@ -21,6 +21,7 @@ from typing import Any
 
 from hybrid.errors import UserError
 from recipes import slurm_script
+from recipes.executors import mount_pairs
 from recipes.slurm_script import SlurmJob
 
 
@@ -152,7 +153,7 @@ def _executor(job: SlurmJob, task: str, staged: str) -> nemo_run.SlurmExecutor:
         exclusive=executor.exclusive or None,
         array=_array(job),
         container_image=slurm_script.quote(executor.container) if executor.container else None,
-        container_mounts=[slurm_script.quote(mount) for mount in slurm_script.mounts(executor)],
+        container_mounts=[slurm_script.quote(mount) for mount in mount_pairs(executor.mounts)],
         container_env=_names(job) if executor.container else None,
         additional_parameters=slurm_script.sbatch_options(job),
         srun_args=slurm_script.srun_options(job),

@@ -41,8 +41,7 @@ def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
     An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
     (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
     command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
-    a warm-up. Raises ConfigError with
-    every problem.
+    a warm-up. Raises ConfigError with every problem.
     """
     recipe = copy.deepcopy(recipe)
     problems = _wrong_sections(recipe)

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from recipes.executors import Slurm
+from recipes.executors import Slurm, mount_pairs
+from recipes.registry import RECIPE_FILE
 
-RECIPE_FILE = "recipe.yaml"
 # What a run that was asked to stop ends with (hybrid/training/interrupt.py): SIGUSR1 and SIGTERM.
 _WARNED, _STOPPED = 138, 143
 # Below the ports that Linux gives out by itself (32768 and up).
@@ -85,16 +85,11 @@ def quote(text: str) -> str:
     return shlex.quote(text).replace(CONTAINER_FOLDER, "/''" + CONTAINER_FOLDER[1:])
 
 
-def mounts(executor: Slurm) -> list[str]:
-    """The container's mounts as pyxis takes them: HOST:CONTAINER."""
-    return [mount if ":" in mount else f"{mount}:{mount}" for mount in executor.mounts]
-
-
 def inside(path: PurePosixPath, executor: Slurm) -> PurePosixPath | None:
     """What a folder of the cluster is called in the job; None if the container does not see it."""
     if not executor.container:
         return path
-    for mount in mounts(executor):
+    for mount in mount_pairs(executor.mounts):
         host, container = mount.split(":")[:2]
         if path.is_relative_to(host):
             return PurePosixPath(container) / path.relative_to(host)

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid import atomic
 from hybrid.errors import UserError
+from hybrid.training.folder import writable
 from recipes import worker
 from recipes.files import to_yaml
-from recipes.slurm_script import RECIPE_FILE
+from recipes.registry import RECIPE_FILE
 
 if TYPE_CHECKING:
     import fiddle as fdl
@@ -44,11 +46,6 @@ def reason(error: OSError) -> str:
 
 def write_recipe(recipe: "fdl.Partial[Any]", run: Path) -> None:
     """Write a recipe into its run's folder, for whoever comes back to it. Raises UserError if it cannot be written."""
-    path = run / RECIPE_FILE
-    try:
+    with writable(run):
         run.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
-        beside.write_text(to_yaml(recipe))
-        beside.replace(path)
-    except OSError as error:
-        raise UserError(f"{run}: the run's folder cannot be written: {error.strerror}") from None
+        atomic.write_text(run / RECIPE_FILE, to_yaml(recipe))

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid import atomic
 from hybrid.checks import check
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.training.folder import writable
 from recipes import nodes, overrides, processes, records, typed, watching, weights
 from recipes.executors import Executor, Local, Slurm
 from recipes.launching import prepare, refuse_under_way, until_interrupted
@@ -150,19 +152,26 @@ def _remember(folder: Path, points: Sequence[Point], members: Sequence[Member]) 
         {"run": str(member.folder.absolute()), "values": point.values}
         for member, point in zip(members, points, strict=True)
     ]
-    try:
+    with writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SWEEP_FILE).write_text(json.dumps(entries, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: the sweep's folder cannot be written: {error.strerror}") from None
+        atomic.write_text(folder / SWEEP_FILE, json.dumps(entries, indent=1) + "\n")
+
+
+def _runs(folder: Path) -> dict[Path, dict[str, str]]:
+    """The folders of a sweep's runs, each with its values by key. Raises UserError if the file is damaged."""
+    try:
+        return {Path(entry["run"]): entry["values"] for entry in json.loads((folder / SWEEP_FILE).read_text())}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / SWEEP_FILE}: cannot be read as the runs of a sweep ({error}); each of them still has its folder"
+        ) from None
 
 
 def rows(folder: Path) -> list[Row]:
     """How the runs of a sweep stand and what came out of them. Raises UserError if their machine does not answer."""
     found = []
-    for entry in json.loads((folder / SWEEP_FILE).read_text()):
-        run = Path(entry["run"])
-        row = Row(run.name, entry["values"])
+    for run, values in _runs(folder).items():
+        row = Row(run.name, values)
         if run.is_dir():
             state = watching.state(run)
             row.status, row.step, row.loss, row.validation = state.status, state.step, state.loss, state.validation
@@ -173,7 +182,7 @@ def rows(folder: Path) -> list[Row]:
 def follow(folder: Path) -> int:
     """Say when a run of a sweep begins and ends, until all have ended; returns the first exit code that is not 0."""
     said: dict[str, str] = {}
-    runs = [Path(entry["run"]) for entry in json.loads((folder / SWEEP_FILE).read_text())]
+    runs = list(_runs(folder))
     while True:
         states = {run.name: watching.state(run) for run in runs}
         for name, state in states.items():
@@ -206,8 +215,7 @@ def table(found: Sequence[Row]) -> str:
 
 def under_way(folder: Path) -> list[Path]:
     """The folders of a sweep's runs that are queued or running. Raises UserError if there is none."""
-    runs = [Path(entry["run"]) for entry in json.loads((folder / SWEEP_FILE).read_text())]
-    found = [run for run in runs if run.is_dir() and watching.state(run).status in ("queued", "running")]
+    found = [run for run in _runs(folder) if run.is_dir() and watching.state(run).status in ("queued", "running")]
     if not found:
         raise UserError(f"{folder.name}: none of its runs is queued or running")
     return found

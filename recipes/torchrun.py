@@ -9,6 +9,7 @@
 - Of several nodes, Slurm's environment says which one this is; MASTER_ADDR and MASTER_PORT say where they meet.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -33,8 +34,9 @@ def main(logs: Path, arguments: list[str]) -> int:
     except SystemExit as asked:
         code = asked.code if isinstance(asked.code, int) else 1
     finally:
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / f"node{node}.code").write_text(f"{code}\n")
+        with contextlib.suppress(OSError):  # on a full disk, what ended the run is what is to be said
+            logs.mkdir(parents=True, exist_ok=True)
+            (logs / f"node{node}.code").write_text(f"{code}\n")
     return code
 
 

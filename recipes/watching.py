@@ -164,10 +164,15 @@ def cancel(folder: Path) -> str:
         return f"container {record.ids[0]} saves and stops"
     assert record.process
     pid = record.process[0]
-    if os.getpgid(pid) == pid:  # detached: the shell that waits for it leads its group
-        os.killpg(pid, signal.SIGTERM)
-    else:
-        os.kill(pid, signal.SIGTERM)
+    try:
+        if os.getpgid(pid) == pid:  # detached: the shell that waits for it leads its group
+            os.killpg(pid, signal.SIGTERM)
+        else:
+            os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        raise UserError(f"{found.name} has just ended; there is nothing left to cancel") from None
+    except PermissionError:
+        raise UserError(f"process {pid} of {found.name} is another user's, who alone can cancel it") from None
     return f"process {pid} saves and stops"
 
 
@@ -232,8 +237,9 @@ def _sections(answer: bytes) -> dict[str, str]:
 def _jobs(record: Record, answer: dict[str, str]) -> list[Job]:
     jobs = {identity: Job(identity) for identity in _identities(record)}
     for line in answer["ended"].splitlines():
-        identity, code, *words = line.split()
-        jobs[identity] = _by_code(identity, int(code), " ".join(words))
+        words = line.split()
+        if len(words) > 1 and words[1].isdigit():  # else the file is just being written, or was on a full disk
+            jobs[words[0]] = _by_code(words[0], int(words[1]), " ".join(words[2:]))
     if record.kind == "local":
         return [_local(record, jobs["local"])]
     if record.kind == "docker":
@@ -324,7 +330,7 @@ def _progress(
     answer: dict[str, str],
 ) -> tuple[int | None, int | None, float | None, dict[str, float], dict[str, float], dict[str, float]]:
     step, loss, validation, bits, metrics = None, None, {}, {}, {}
-    for entry in _entries(answer["metrics"]):
+    for entry in entries(answer["metrics"]):
         step = entry.get("step", step)
         loss = entry.get("loss", loss)
         if "loss" in entry:
@@ -334,7 +340,8 @@ def _progress(
     return step, _steps(answer["settings"]), loss, validation, bits, metrics
 
 
-def _entries(text: str) -> Iterator[dict[str, Any]]:
+def entries(text: str) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl, or of its end."""
     for line in text.splitlines():
         try:
             entry = json.loads(line)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybrid import weight_fields
 from hybrid.config import ModelConfig, Settings
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.pattern import CONVERTED
@@ -29,60 +30,6 @@ CACHE = ".converted"
 
 _LOAD, _EXPORT = "checkpoint.load", "checkpoint.export"
 _TOLD_SECONDS = 10.0  # between two lines about the progress of a conversion
-
-# What two models must have in common for the weights of one to be the other's, for the layer kinds that have it.
-_SHARED: dict[str, Callable[[ModelConfig], Any]] = {
-    "hidden_size": lambda model: model.hidden_size,
-    "normalization": lambda model: model.normalization,
-    "tie_embeddings": lambda model: model.tie_embeddings,
-}
-_OF_KIND: dict[str, dict[str, Callable[[ModelConfig], Any]]] = {
-    "*": {
-        "num_attention_heads": lambda model: model.num_attention_heads,
-        "num_query_groups": lambda model: model.query_groups,
-        "attention_head_dim": lambda model: model.head_dim,
-        "position_embedding": lambda model: model.position_embedding,
-        "add_linear_bias": lambda model: model.add_linear_bias,
-    },
-    "+": {
-        "num_attention_heads": lambda model: model.num_attention_heads,
-        "mla_query_rank": lambda model: model.mla_query_rank,
-        "mla_kv_rank": lambda model: model.mla_kv_rank,
-        "mla_head_dim": lambda model: model.mla_head_dim,
-        "mla_rope_head_dim": lambda model: model.mla_rope_head_dim,
-        "mla_value_head_dim": lambda model: model.mla_value_head_dim,
-        "rotary_base": lambda model: model.rotary_base,
-        "add_linear_bias": lambda model: model.add_linear_bias,
-    },
-    "-": {
-        "ffn_hidden_size": lambda model: model.ffn_size,
-        "activation": lambda model: model.activation,
-        "add_linear_bias": lambda model: model.add_linear_bias,
-    },
-    "E": {
-        "num_experts": lambda model: model.num_experts,
-        "moe_ffn_hidden_size": lambda model: model.moe_ffn_size,
-        "moe_shared_expert_size": lambda model: model.moe_shared_expert_size,
-        "moe_router_score": lambda model: model.moe_router_score,
-        "moe_expert_bias": lambda model: model.moe_expert_bias,
-        "activation": lambda model: model.activation,
-    },
-    "M1": {
-        "mamba_version": lambda model: model.mamba_version,
-        "mamba_expand": lambda model: model.mamba_expand,
-        "mamba_state_dim": lambda model: model.mamba_state_dim,
-        "mamba_dt_rank": lambda model: model.dt_rank,
-        "mamba_conv_kernel": lambda model: model.mamba_conv_kernel,
-    },
-    "M2": {
-        "mamba_version": lambda model: model.mamba_version,
-        "mamba_head_dim": lambda model: model.mamba_head_dim,
-        "mamba_num_heads": lambda model: model.mamba_heads,
-        "mamba_num_groups": lambda model: model.mamba_num_groups,
-        "mamba_state_dim": lambda model: model.mamba_state_dim,
-        "mamba_conv_kernel": lambda model: model.mamba_conv_kernel,
-    },
-}
 
 
 def check(built: Settings) -> list[Problem]:
@@ -187,21 +134,16 @@ def _origin(built: Settings) -> "Checkpoint | None":
 def _differences(model: ModelConfig, opened: "Checkpoint") -> Iterator[Problem]:
     """Why the weights in a checkpoint are of another model than the run's."""
     other, place = opened.model, str(opened.path)
-    kinds = set(model.pattern.layers)
     if other.pattern.layers != model.pattern.layers:
         message = f"is '{model.pattern}', but the weights in {place} are of '{other.pattern}'"
         yield Problem("model.layer_pattern", message)
     if model.pattern.mtp_depths > other.pattern.mtp_depths:
         message = f"is '{model.pattern}', but {place} has weights for {other.pattern.mtp_depths} tokens further ahead"
         yield Problem("model.layer_pattern", message)
-    fields = dict(_SHARED)
-    for kind in sorted(kinds):
-        fields |= _OF_KIND[f"M{model.mamba_version}" if kind == "M" else kind]
     assumed = {note.split("=")[0] for note in opened.assumed}
-    for name, value in fields.items():
-        if name not in assumed and value(model) != value(other):
-            message = f"is {value(model)}, but the weights in {place} are of {value(other)}"
-            yield Problem(f"model.{name}", message)
+    for name, (here, there) in weight_fields.differing(model, other).items():
+        if name not in assumed:
+            yield Problem(f"model.{name}", f"is {here}, but the weights in {place} are of {there}")
     if model.vocab_size > other.padded_vocab_size or other.vocab_size > model.padded_vocab_size:
         message = f"is {model.vocab_size}, but the weights in {place} are of {other.vocab_size}"
         yield Problem("model.vocab_size", message)

@@ -38,14 +38,16 @@ def conversation(template: ChatTemplate | None, messages: list[Message], **other
     return parts
 
 
-def prompt(tokenizer: Tokenizer, messages: list[Message], **others: Any) -> list[int]:
-    """Return the ids that a model is given to say the assistant's next message. Raises ValueError."""
-    template = tokenizer.chat_template
-    parts, written = _parts(template, messages, others)
-    asked = _lay_out(template, messages, True, others)
-    if not asked.startswith(written):
-        raise ValueError(_REWRITES)
-    return [i for ids in encode(tokenizer, [*parts, Part(asked[len(written) :], False)]) for i in ids]
+def prompt(tokenizer: Tokenizer, template: ChatTemplate | None, messages: list[Message]) -> list[int]:
+    """Return the ids that a model is given to say the assistant's next message. Raises ValueError.
+
+    A template's text is taken as it is, as Hugging Face's libraries take it; it may write earlier messages otherwise.
+    """
+    if template is not None:
+        return tokenizer.encode_parts([template.render(messages, add_generation_prompt=True)])[0]
+    parts, written = _parts(None, messages, {})
+    rest = _lay_out(None, messages, True, {})[len(written) :]
+    return [i for ids in encode(tokenizer, [*parts, Part(rest, False)]) for i in ids]
 
 
 _REWRITES = (

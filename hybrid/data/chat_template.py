@@ -63,20 +63,28 @@ def find_template(folder: Path) -> ChatTemplate | None:
     """Return the chat template of a Hugging Face tokenizer's folder; None if it has none.
 
     It is in chat_template.jinja, or in tokenizer_config.json: a text, or several by name, of which one is "default".
+    Raises ValueError for files that are damaged.
     """
-    config = _read(folder / "tokenizer_config.json")
-    tokens = {**_read(folder / "special_tokens_map.json"), **config}
-    template = config.get("chat_template")
+    template = _read(folder / "tokenizer_config.json").get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text()
     if isinstance(template, list):
         template = {each["name"]: each["template"] for each in template}.get("default")
-    if not isinstance(template, str):
-        return None
+    return ChatTemplate(template, special_tokens(folder)) if isinstance(template, str) else None
+
+
+def special_tokens(folder: Path) -> tuple[tuple[str, str], ...]:
+    """Return the special tokens that a Hugging Face tokenizer's folder names, such as ("bos_token", "<s>")."""
+    tokens = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
     texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     named = [(name, text) for name, text in texts.items() if name.endswith("_token") and isinstance(text, str)]
-    return ChatTemplate(template, tuple(sorted(named)))
+    return tuple(sorted(named))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from error

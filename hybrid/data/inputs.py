@@ -1,6 +1,5 @@
 """Text, JSONL and Parquet files as documents, block by block."""
 
-import difflib
 import gzip
 import io
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hybrid.data.encode import BLOCK_BYTES, Block, Document, Texts
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 
 _COMPRESSED = (".gz", ".zst")
 _JSON = (".jsonl", ".json", ".ndjson")
@@ -230,9 +229,8 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
 
 
 def _missing_key(key: str, keys: list[str]) -> str:
-    near = difflib.get_close_matches(key, keys, 1)
     there = ", ".join(f"'{name}'" for name in keys) or "none at all"
-    return f"there is no key '{key}'{f', did you mean {near[0]!r}?' if near else ''} (keys: {there})"
+    return f"there is no key '{key}'{nearest(key, keys)} (keys: {there})"
 
 
 def _text(value: Any, key: str) -> Document:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from hybrid import atomic
 from hybrid.data.cache import available_cores, clear_errors
 from hybrid.data.encode import BLOCK_BYTES, Encoded, encode_blocks
 from hybrid.data.indexed import read_index, token_dtype, write_index
@@ -227,9 +228,7 @@ def _count(journal: _Journal, encoded: Encoded, source_bytes: int) -> None:
 
 
 def _write_journal(folder: Path, journal: _Journal) -> None:
-    beside = folder / "journal.new"
-    beside.write_text(json.dumps(asdict(journal)))
-    beside.rename(folder / "journal.json")
+    atomic.write_text(folder / "journal.json", json.dumps(asdict(journal)))
 
 
 def _write_index(folder: Path, journal: _Journal, tokenizer: Tokenizer) -> None:
@@ -248,7 +247,7 @@ def _publish(folder: Path, prefix: Path, journal: _Journal, tokenizer: Tokenizer
         (folder / "tokens").rename(f"{prefix}.bin")
     facts = {name: getattr(journal, name) for name in ("documents", "sequences", "tokens", "text_bytes", "fingerprint")}
     facts["tokenizer"] = tokenizer.unique_identifiers
-    Path(f"{prefix}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    atomic.write_text(Path(f"{prefix}.json"), json.dumps(facts, indent=2) + "\n")
     if (folder / "index").exists():
         (folder / "index").rename(f"{prefix}.idx")
     shutil.rmtree(folder)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybrid.data import chat
+from hybrid.data.chat_template import ChatTemplate, Message
 from hybrid.data.tokenizer import Tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.engine import Engine, Job, Reason
@@ -55,13 +57,17 @@ class Generator:
         name: str,
         *,
         max_waiting: int = 256,
-        chat_template: str | None = None,
+        chat_template: ChatTemplate | None = None,
+        plain_chats: bool = False,
     ):
-        """`name` is what clients call it; `chat_template` is in Jinja, as tokenizers bring it."""
+        """`name` is what clients call it; `plain_chats`: it has learned conversations in the layout of `data.chat`,
+        which are laid out so where there is no `chat_template`.
+        """
         if tokenizer.vocab_size > runner.weights.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {runner.weights.vocab_size}"
             raise ConfigError(Problem("tokenizer", f"'{tokenizer.spec}' has {sizes}; it is another model's"))
-        self.tokenizer, self.name, self.chat_template = tokenizer, name, chat_template
+        self.tokenizer, self.name = tokenizer, name
+        self.chat_template, self.chats = chat_template, plain_chats or chat_template is not None
         self.engine = Engine(runner, tokenizer.eod, max_waiting)
 
     def __enter__(self) -> "Generator":
@@ -152,6 +158,16 @@ class Generator:
             return self.tokenizer.encode(prompt)
         except (UnicodeError, TypeError):  # the latter is what Hugging Face's raise for it
             raise ConfigError(Problem("prompt", "holds half of a character, which is no text in UTF-8")) from None
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """The tokens that ask for the assistant's next message. Raises ConfigError if they cannot be laid out."""
+        if not self.chats:
+            message = "this model's tokenizer has no chat template; use /v1/completions, or --chat-template"
+            raise ConfigError(Problem("messages", message))
+        try:
+            return chat.prompt(self.tokenizer, self.chat_template, messages)
+        except ValueError as error:
+            raise ConfigError(Problem("messages", str(error))) from error
 
     def job(self, prompt: list[int], sampling: Sampling, listener: Listener, number: int = 0) -> Job:
         """A job whose text goes to `listener`, which is called on the engine's thread; the last piece has a reason.

@@ -14,7 +14,6 @@ from hybrid.generation.generator import Completion, Generator
 from hybrid.generation.text import Piece, TokenText
 from hybrid.serving import schemas as form
 from hybrid.serving.asking import Asked
-from hybrid.serving.chat import render
 from hybrid.serving.metrics import Metrics
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -46,9 +45,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
 
     def entry() -> form.ModelEntry:
         room = model.engine.runner.room
-        return form.ModelEntry(
-            id=model.name, created=started, max_length=room.max_length, chat=model.chat_template is not None
-        )
+        return form.ModelEntry(id=model.name, created=started, max_length=room.max_length, chat=model.chats)
 
     @routes.post("/v1/completions", response_model=form.CompletionResponse)
     async def completions(body: form.CompletionRequest, request: Request) -> Any:
@@ -93,7 +90,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     async def chat(body: form.ChatRequest, request: Request) -> Any:
         """The assistant's next turn of a chat; with `stream`, as server-sent events."""
         model.require(body.model)
-        prompt = model.encode(render(model.chat_template, _plain(body.messages)))
+        prompt = model.chat(_plain(body.messages))
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         rest = max(0, model.engine.runner.room.max_length - len(prompt))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -66,7 +66,7 @@ def router(model: Generator) -> APIRouter:
             vocab_size=tokenizer.vocab_size,
             eos_token=end,
             eos_token_id=tokenizer.eod,
-            chat_template=model.chat_template,
+            chat_template=model.chat_template and model.chat_template.text,
         )
 
     @routes.post("/tokenize")

@@ -11,11 +11,13 @@ runs/NAME/checkpoints/iter_0000100/   torch_dist, with settings.json, versions.j
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from hybrid import settings_file
 from hybrid.config import CheckpointConfig, Settings
-from hybrid.errors import ConfigError, Problem
+from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -51,6 +53,15 @@ _MAY_CHANGE = (
 )
 
 _STEP = re.compile(r"iter_(\d{7,})")
+
+
+@contextmanager
+def writable(run: Path) -> Iterator[None]:
+    """Turn what the system says to a write into a run's folder into one sentence. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{run}: the run's folder cannot be written: {error.strerror or error}") from None
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:

@@ -58,13 +58,11 @@ def train(settings: Settings) -> None:
 def _open_folder(settings: Settings, run: Path, world: World) -> None:
     """Make the run's folder, or take it up again if it holds the same run."""
     folder.refuse_other_run(settings)
-    try:
+    with folder.writable(run):
         run.mkdir(parents=True, exist_ok=True)
         settings_file.write(settings, run)
         provenance.record(run, world.size, _device_name(world.device))
         folder.remove_unfinished(run / folder.CHECKPOINTS)
-    except OSError as error:
-        raise UserError(f"{run}: the run's folder cannot be written: {error.strerror}") from None
 
 
 def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:

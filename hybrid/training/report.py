@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from hybrid import atomic
 from hybrid.errors import UserError
 from hybrid.training.folder import LOG_FILE, METRICS_FILE
 
@@ -168,9 +169,7 @@ def thinned(metrics: Path) -> list[str]:
 
 def _rewrite(path: Path, lines: list[str]) -> None:
     try:
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(lines))
-        beside.replace(path)
+        atomic.write_text(path, "".join(lines))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; earlier checkpoints are intact") from None
 

@@ -4,42 +4,12 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hybrid import settings_file
+from hybrid import settings_file, weight_fields
 from hybrid.config import ModelConfig, Settings
 from hybrid.data.datasets import on_first_rank
 from hybrid.errors import ConfigError, Problem
 from hybrid.training import checksums, folder, provenance
 from hybrid.training.distributed import World
-
-# What the weights of a model depend on; the derived size where a field may be None.
-_SHAPES = {
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "ffn_size",
-    "activation": "activation",
-    "normalization": "normalization",
-    "add_linear_bias": "add_linear_bias",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "query_groups",
-    "attention_head_dim": "head_dim",
-    "position_embedding": "position_embedding",
-    "mamba_version": "mamba_version",
-    "mamba_state_dim": "mamba_state_dim",
-    "mamba_conv_kernel": "mamba_conv_kernel",
-    "vocab_size": "padded_vocab_size",
-    "tie_embeddings": "tie_embeddings",
-}
-_MAMBA1 = {"mamba_expand": "mamba_expand", "mamba_dt_rank": "dt_rank"}
-_MAMBA2 = {
-    "mamba_head_dim": "mamba_head_dim",
-    "mamba_num_heads": "mamba_heads",
-    "mamba_num_groups": "mamba_num_groups",
-}
-_EXPERTS = {
-    "num_experts": "num_experts",
-    "moe_ffn_hidden_size": "moe_ffn_size",
-    "moe_shared_expert_size": "moe_shared_expert_size",
-    "moe_expert_bias": "moe_expert_bias",
-}
 
 
 def newest_whole(checkpoints: Path, world: World, tell: Callable[[str], None]) -> Path | None:
@@ -87,12 +57,8 @@ def differing_fields(saved: ModelConfig, model: ModelConfig, path: str) -> Itera
     there, here = str(saved.pattern).replace("|", ""), str(model.pattern).replace("|", "")
     if there != here:
         yield Problem("model.layer_pattern", f"is '{here}', but the checkpoint '{path}' has '{there}'")
-    shapes = dict(_SHAPES)
-    if "M" in here:
-        shapes |= _MAMBA1 if model.mamba_version == 1 else _MAMBA2
-    if "E" in here:
-        shapes |= _EXPERTS
-    for name, derived in shapes.items():
-        old, new = getattr(saved, derived), getattr(model, derived)
-        if old != new:
-            yield Problem(f"model.{name}", f"is {new!r}, but the checkpoint '{path}' has {old!r}")
+    for name, (new, old) in weight_fields.differing(model, saved).items():
+        yield Problem(f"model.{name}", f"is {new!r}, but the checkpoint '{path}' has {old!r}")
+    if saved.padded_vocab_size != model.padded_vocab_size:
+        rows = f"{model.padded_vocab_size} rows once it is padded, but the checkpoint '{path}' has"
+        yield Problem("model.vocab_size", f"is {model.vocab_size}, {rows} {saved.padded_vocab_size}")

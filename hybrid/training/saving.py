@@ -17,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybrid import settings_file
+from hybrid import atomic, settings_file
 from hybrid.config import Settings
 from hybrid.data.tokenizer import Tokenizer
 from hybrid.errors import UserError
@@ -170,10 +170,7 @@ class Saver:
             final.rename(replaced)
         unfinished.rename(final)
         _sync(self._checkpoints)
-        tracker = self._checkpoints / folder.TRACKER_FILE
-        beside = tracker.with_suffix(".new")
-        beside.write_text(str(folder.latest_step(self._checkpoints)))
-        os.replace(beside, tracker)
+        atomic.write_text(self._checkpoints / folder.TRACKER_FILE, str(folder.latest_step(self._checkpoints)))
         old = folder.set_aside_old(self._checkpoints, self._settings.checkpoint)
         old += [replaced] if replaced.exists() else []
         self._removal = threading.Thread(target=_remove, args=(old,))

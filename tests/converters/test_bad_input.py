@@ -1,6 +1,7 @@
 """What people have: missing, damaged and contradictory files; a full disk. One sentence each, and nothing is lost."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters import convert, output
+from converters import convert, output, safefile
 from hybrid.errors import ConfigError, UserError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
@@ -120,7 +121,7 @@ def test_an_unknown_tensor_is_named_with_the_nearest(
     source = make_legacy(tmp_path / "source", model, weights)
     opened = convert.open_checkpoint(source)
     assert list(opened.unknown) == ["decoder.layers.0.mixer.A_logg"]
-    with pytest.raises(UserError, match=r"A_logg is unknown, the nearest known is decoder.layers.0.mixer.A_log"):
+    with pytest.raises(UserError, match=r"A_logg is unknown; did you mean decoder.layers.0.mixer.A_log"):
         convert.convert(opened, tmp_path / "out", "megatron")
 
 
@@ -239,4 +240,37 @@ def test_hf_files_that_do_not_fit(saved: Saved, tmp_path: Path) -> None:
     weights.unlink()
     (tmp_path / "a/model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(UserError, match=r"model-1.safetensors is missing"):
+        convert.open_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("[1]", "is no safetensors file, or its header is damaged"),
+        ('{"a": {"dtype": "F32"}}', "its header is damaged at the tensor a"),
+        ('{"a": 3}', "its header is damaged at the tensor a"),
+        (
+            '{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}',
+            "a has the number format F4, which is not read",
+        ),
+    ],
+)
+def test_a_damaged_safetensors_header(tmp_path: Path, header: str, says: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(UserError, match=says):
+        safefile.load(path)
+
+
+def test_a_pickle_without_tensors_and_a_block_that_nobody_knows(saved: Saved, tmp_path: Path) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    for blocks in (["mamba", "perceptron"], [["mamba"]]):
+        strange = {**config, "hybrid_override_pattern": None, "layers_block_type": blocks}
+        (tmp_path / "a/config.json").write_text(json.dumps(strange))
+        with pytest.raises(ConfigError, match=r"layers_block_type: has .*; the known ones are linear_attention"):
+            convert.open_checkpoint(tmp_path / "a")
+    (tmp_path / "a/model.safetensors").unlink()
+    torch.save([1, 2], tmp_path / "a/pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model.bin holds a list, not tensors by name"):
         convert.open_checkpoint(tmp_path / "a")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid import atomic
 from hybrid.errors import ConfigError, UserError
 from recipes import apply, launch, local, processes, records, slurm, sweeps, tiny, watching
 from recipes.executors import Local, seconds
@@ -168,6 +169,35 @@ class TestRunsOnThisMachine:
         records.write(record, run)
         assert watching.state(run).status == "failed"
 
+    def test_an_exit_code_that_is_being_written_is_none_yet(self, here: Path) -> None:
+        run = self.start(here, "pass")
+        self.ended(run)
+        (run / "logs" / "exit_local").write_text("")
+        assert "gone without a word" in watching.state(run).detail
+
+    def test_who_cancels_too_late_or_without_the_right_is_told(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run = self.start(here, "import time; time.sleep(60)")
+        for error, says in ((ProcessLookupError, "toy has just ended"), (PermissionError, "is another user's")):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpgid", lambda _, error=error: (_ for _ in ()).throw(error))
+                with pytest.raises(UserError, match=says):
+                    watching.cancel(run)
+        watching.cancel(run)
+
+    def test_a_disk_that_is_full_does_not_hide_what_ended_the_run(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (here / "toy").mkdir()
+
+        def full(path: Path, text: str) -> None:
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(UserError, match="not saved"), processes._recorded(here / "toy", os.getpid()):
+            monkeypatch.setattr(atomic, "write_text", full)
+            raise UserError("this checkpoint was not saved")
+
 
 def test_a_name_that_is_no_run_is_answered_with_those_there_are(here: Path) -> None:
     (here / "runs" / "small").mkdir(parents=True)
@@ -223,6 +253,13 @@ class TestSweeps:
             "a-2  2   finished  6     2.5000  2.5000 *",
             "a-3  3   queued",
         ]
+
+    @pytest.mark.parametrize("content", ["", "{}x", '[{"run": 3}]', "7"])
+    def test_a_damaged_list_of_runs_is_said(self, here: Path, content: str) -> None:
+        (here / "sweep.json").write_text(content)
+        for ask in (sweeps.rows, sweeps.follow, sweeps.under_way):
+            with pytest.raises(UserError, match=r"sweep.json: cannot be read as the runs of a sweep"):
+                ask(here)
 
     def test_a_dry_run_prints_each(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         points = sweeps.expand([*SMALL, "optimizer.lr=1e-3,2e-3"])

@@ -93,9 +93,16 @@ def test_a_prompt_is_what_training_has_before_a_response():
     tokenizer = ByteTokenizer()
     parts = chat.encode(tokenizer, chat.conversation(None, MESSAGES))
     given = [i for ids in parts[:-1] for i in ids]
-    assert chat.prompt(tokenizer, MESSAGES[:-1]) == given
+    assert chat.prompt(tokenizer, None, MESSAGES[:-1]) == given
     assert given.count(tokenizer.eod) == 1  # after the assistant's first words
     assert parts[-1] == [*b"2", tokenizer.eod]
+
+
+def test_a_prompt_of_a_template_is_its_text_even_if_it_writes_earlier_messages_otherwise(tokenizer_folder):
+    text = "{{ bos_token }}{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}"
+    template = ChatTemplate(text, (("bos_token", "<s>"),))
+    tokenizer = load_tokenizer(str(tokenizer_folder / "with_bos"))
+    assert chat.prompt(tokenizer, template, MESSAGES[:-1]) == tokenizer.encode_parts(["Two?"])[0]  # <s> is there once
 
 
 def test_a_template_is_found_where_tokenizers_keep_it(tmp_path, tokenizer_folder):

@@ -82,7 +82,7 @@ def test_a_text_file_is_one_document_and_a_folder_all_in_it(tmp_path):
         (b'{"text": "a"', r"this is not JSON \(Expecting ',' delimiter, at character 13\)"),
         (b"[" * 100_000, "this is not JSON that can be read"),
         (b'["text"]', "this is a JSON list, not an object with keys"),
-        (b'{"texts": "a", "id": 1}', r"no key 'text', did you mean 'texts'\? \(keys: 'texts', 'id'\)"),
+        (b'{"texts": "a", "id": 1}', r"no key 'text'; did you mean texts\? \(keys: 'texts', 'id'\)"),
         (b'{"text": 3}', "'text' is 3, not a text"),
         (b'{"text": null}', "'text' is null, not a text"),
         (b'{"text": ["a", 3]}', r"not a text"),

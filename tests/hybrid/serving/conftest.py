@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from hybrid.config import ModelConfig
+from hybrid.data.chat_template import ChatTemplate
 from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
@@ -25,7 +26,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 def make_generator(model: ModelConfig = MODEL, **room: Any) -> Generator:
     """A model with random weights that never ends a document by itself."""
     runner = Runner(make_weights(model), Room(**{"slots": 4, "max_length": 16384, **room}))
-    made = Generator(runner, ByteTokenizer(), "toy", max_waiting=8, chat_template=TEMPLATE)
+    made = Generator(runner, ByteTokenizer(), "toy", max_waiting=8, chat_template=ChatTemplate(TEMPLATE))
     made.engine.end = -1
     return made
 
