@@ -182,11 +182,37 @@ def through_the_engine(model: Generator, prompt: list[int], tokens: int) -> None
     say(f"ours, first token of a prompt of {len(prompt)}: {statistics.median(waits) * 1e3:.1f} ms")
     for batch in BATCHES:
         if batch <= model.engine.runner.room.slots:
-            one = seconds(lambda: model.generate_batch([prompt] * batch, max_tokens=1, **ask))  # noqa: B023
-            all_ = seconds(lambda: model.generate_batch([prompt] * batch, max_tokens=tokens + 1, **ask))  # noqa: B023
-            rate = batch * tokens / (all_ - one)
-            whole = batch * tokens / all_
-            say(f"ours, engine, B={batch}: {rate:,.0f} tokens/s after the first; with prefill {whole:,.0f}")
+            rate, whole = all_together(model, prompt, batch, tokens)
+            say(f"ours, engine, B={batch}: {rate:,.0f} tokens/s while all are decoded; with prefill {whole:,.0f}")
+
+
+def all_together(model: Generator, prompt: list[int], batch: int, tokens: int) -> tuple[float, float]:
+    """`batch` texts asked for at once, each long enough that there are `tokens` steps in which all of them are decoded.
+
+    Returns tokens/s between the last text's first token and the first text's last, and from the first request on.
+    """
+    reads = -(-len(prompt) // model.engine.runner.room.prefill_chunk) * batch
+    times: list[list[float]] = [[] for _ in range(batch)]
+    done = threading.Semaphore(0)
+
+    def listener(index: int) -> Callable[[Piece], None]:
+        def listen(piece: Piece) -> None:
+            if piece.reason:
+                done.release()
+            else:
+                times[index].append(time.perf_counter())
+
+        return listen
+
+    sampling = Sampling(max_tokens=tokens + min(reads, 1024), temperature=0, ignore_end=True)
+    started = time.perf_counter()
+    for index in range(batch):
+        model.start(prompt, sampling, listener(index))
+    for _ in range(batch):
+        done.acquire()
+    first, last = max(own[0] for own in times), min(own[-1] for own in times)
+    between = sum(first < at <= last for own in times for at in own)
+    return between / (last - first), sum(map(len, times)) / (max(own[-1] for own in times) - started)
 
 
 def load(model: Generator, rate: float, duration: float) -> None:
