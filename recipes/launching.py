@@ -12,7 +12,7 @@ from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import refuse_other_run
 from recipes import containers, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
-from recipes.settle import settings, settle
+from recipes.settle import fitted, settings, settle
 from recipes.submitting import Member, submit
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def prepare(recipe: "fdl.Partial[Any]") -> Member:
         raise ConfigError("this is a job that was launched already; put the call of launch under a main guard")
     built = settings(recipe)
     refuse_other_run(built)
+    if shortened := fitted(recipe):
+        print(f"note: {shortened}", file=sys.stderr)
     return Member(recipe, built)
 
 
