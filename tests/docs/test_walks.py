@@ -247,18 +247,21 @@ def hold_in_the_midst(study: Walk, *names: str) -> None:
     for name in names:
         metrics = study.folder / "runs" / name / "metrics.jsonl"
         wait(lambda: metrics.is_file() and metrics.read_text(), f"the first step of {name}")  # noqa: B023
-        (pid,) = [pid for pid in workers(f"{study.folder}/runs/{name}/".encode()) if os.getsid(pid) == pid]
+        found = workers(f"{study.folder}/runs/{name}/".encode())
+        (pid,) = [pid for pid, parent in found.items() if parent not in found]  # the others load its data
         os.kill(pid, signal.SIGSTOP)
         assert metrics.read_text().count("\n") < 300, f"{name} has ended before it could be stopped"
 
 
-def workers(mark: bytes) -> Iterator[int]:
-    """The processes that train a run."""
+def workers(mark: bytes) -> dict[int, int]:
+    """The processes that train a run, with the parent of each."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes()
-            if mark in words and b"recipes.worker\0" in words and b"torchrun" not in words:
-                yield int(path.parent.name)
+            if mark in words and b"recipes.worker\0" in words:
+                found[int(path.parent.name)] = int(path.with_name("stat").read_text().rpartition(")")[2].split()[1])
+    return found
 
 
 def test_the_walk_of_a_researcher_to_hugging_face(study: Walk) -> None:
@@ -268,8 +271,8 @@ def test_the_walk_of_a_researcher_to_hugging_face(study: Walk) -> None:
     assert share and float(share[1]) > 90, study.after("python docs/examples")
     assert "read back, and the same" in study.after("hybrid convert")
     theirs, ours = study.after("python ask.py"), study.after("hybrid generate mine_finetune --prompt")
-    assert theirs.rstrip().endswith(ours.strip())
-    assert ours.startswith("spell: badge\n")
+    assert ours == "count: badge\n5 letters\n"
+    assert theirs.endswith(ours)
 
 
 def test_the_walk_of_an_engineer_with_a_foreign_checkpoint(tmp_path: Path) -> None:
