@@ -227,7 +227,7 @@ def test_the_walk_of_a_researcher_on_a_cluster(study: Walk, tmp_path_factory: py
     study.to("Try it, train it")
     with clusters.Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
         study.environment |= cluster.environment
-        study.before["sbatch"] = lambda: hold_in_the_midst(study, "patterns-1", "patterns-2")
+        study.before["sbatch"] = lambda: hold_in_the_midst(study, "patterns", 2)
         study.to(SWEEP)
     for name in ("patterns-1", "patterns-2"):
         said = study.after(f"hybrid logs -f {name}")
@@ -242,24 +242,24 @@ def test_the_walk_of_a_researcher_on_a_cluster(study: Walk, tmp_path_factory: py
     assert study.losses("patterns-1") == study.losses("mine")
 
 
-def hold_in_the_midst(study: Walk, *names: str) -> None:
-    """Stop the processes of runs between two steps; Slurm lets them go on to the end that it asks of them."""
-    for name in names:
-        metrics = study.folder / "runs" / name / "metrics.jsonl"
-        wait(lambda: metrics.is_file() and metrics.read_text(), f"the first step of {name}")  # noqa: B023
-        found = workers(f"{study.folder}/runs/{name}/".encode())
+def hold_in_the_midst(study: Walk, sweep: str, count: int) -> None:
+    """Stop the processes of a sweep between two steps; Slurm lets them go on to the end that it asks of them."""
+    for number in range(1, count + 1):
+        metrics = study.folder / f"runs/{sweep}-{number}/metrics.jsonl"
+        wait(lambda: metrics.is_file() and metrics.read_text(), f"the first step of run {number}")  # noqa: B023
+        found = workers(f"{study.folder}/runs/{sweep}/".encode(), f"/recipe-{number}.yaml\0".encode())
         (pid,) = [pid for pid, parent in found.items() if parent not in found]  # the others load its data
         os.kill(pid, signal.SIGSTOP)
-        assert metrics.read_text().count("\n") < 300, f"{name} has ended before it could be stopped"
+        assert metrics.read_text().count("\n") < 300, f"run {number} has ended before it could be stopped"
 
 
-def workers(mark: bytes) -> dict[int, int]:
-    """The processes that train a run, with the parent of each."""
+def workers(*marks: bytes) -> dict[int, int]:
+    """The processes whose words hold all of these, with the parent of each."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes()
-            if mark in words and b"recipes.worker\0" in words:
+            if all(mark in words for mark in marks) and not words.startswith(b"srun\0"):
                 found[int(path.parent.name)] = int(path.with_name("stat").read_text().rpartition(")")[2].split()[1])
     return found
 
