@@ -231,8 +231,8 @@ def test_the_walk_of_a_researcher_on_a_cluster(study: Walk, tmp_path_factory: py
         study.to(SWEEP)
     for name in ("patterns-1", "patterns-2"):
         said = study.after(f"hybrid logs -f {name}")
-        assert "== stopped; queued again, 1 of 10" in said
-        assert re.search(r"goes on from step \d+", said)
+        # The job queues itself again, or Slurm has done it before.
+        assert re.search(r"interrupted: step \d+ is saved.*, start 2, .*goes on from step \d+", said, re.DOTALL), said
     table = study.after("hybrid status patterns").splitlines()
     assert [line.split()[:4] for line in table[1:]] == [
         ["patterns-1", "M-M*-", "finished", "300"],
