@@ -128,7 +128,8 @@ def convert(
         report=_progress if sys.stderr.isatty() else None,
     )
     if as_json:
-        print_json({"path": str(result.path), "format": result.format, "files": result.files, "bytes": result.nbytes})
+        facts = {"path": str(result.path), "format": result.format, "files": result.files, "bytes": result.nbytes}
+        print_json(facts | {"verified": result.verified})
     else:
         typer.echo(str(result))
 

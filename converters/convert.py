@@ -38,9 +38,11 @@ class Result:
     files: int
     nbytes: int
     progress: Progress | None
+    verified: bool = False
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.format}, {self.files} files, {self.progress}"
+        read_back = "; read back, and the same" if self.verified else ""
+        return f"{self.path}: {self.format}, {self.files} files, {self.progress}{read_back}"
 
 
 def open_checkpoint(
@@ -192,7 +194,7 @@ def convert(
         output.write(part, files, keep)
         if verify and (different := output.differences(part, files)):
             raise UserError(f"{', '.join(different)} read back differently than written; {path} was not kept")
-    return Result(path, to, len(files), total, last[0] if last else None)
+    return Result(path, to, len(files), total, last[0] if last else None, verify)
 
 
 def planned(

@@ -67,7 +67,7 @@ def plan(source: Checkpoint, family: str | None = None) -> Files:
     if model.tie_embeddings and name == "nemotron_h":
         # transformers' NemotronH does not tie weights by itself, so both are written; the config says they are one.
         tensors["lm_head.weight"] = source.tensors[naming.EMBEDDING]
-    config = FAMILIES[name].config(model, source.hf_config)
+    config = FAMILIES[name].config(model, _end_of_text(source.companions) | source.hf_config)
     if name != "state_spaces":
         config |= {"torch_dtype": _dtype(tensors), "dtype": _dtype(tensors)}
     files = _shards(tensors)
@@ -274,6 +274,24 @@ def _shards(tensors: dict[str, Tensor]) -> Files:
 def _generation(config: Mapping[str, Any]) -> dict[str, Any]:
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
     return {"_from_model_config": True, **ids}
+
+
+def _end_of_text(companions: Iterable[Path]) -> dict[str, int]:
+    """The `eos_token_id` that the tokenizer's files beside a model name; nothing if they name none.
+
+    Without it transformers takes its family's own, and a model that ends its texts is not heard.
+    """
+    files = {path.name: path for path in companions}
+    try:
+        named = json.loads(files["tokenizer_config.json"].read_text())["eos_token"]
+        tokenizer = json.loads(files["tokenizer.json"].read_text())
+        end = named["content"] if isinstance(named, dict) else named
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = added if end in added or not isinstance(vocabulary, dict) else vocabulary
+        return {"eos_token_id": ids[end]}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 def _dtype(tensors: Mapping[str, Tensor]) -> str:

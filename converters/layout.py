@@ -3,6 +3,7 @@
 Tensors here are lazy (`converters.tensors`), so this is arithmetic on shapes; no data moves.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -68,7 +69,7 @@ def target(model: ModelConfig, tensor: int = 1, pipeline: int = 1, expert: int =
     )
     problems = [*layer_checks.model(settings), *layer_checks.layers(settings, stages)]
     # megatron-core cannot save this from a running model; a file is another matter.
-    problems = [problem for problem in problems if problem.place != "model.tie_embeddings"]
+    problems = [_of_options(problem) for problem in problems if problem.place != "model.tie_embeddings"]
     if stages.num_layers < pipeline:
         layers = f"the model has {stages.num_layers} layers and every stage holds at least one"
         problems.append(Problem("--pipeline-parallel", f"is {pipeline}, but {layers}"))
@@ -80,6 +81,12 @@ def target(model: ModelConfig, tensor: int = 1, pipeline: int = 1, expert: int =
     if problems:
         raise ConfigError(problems)
     return Layout(stages, tensor, pipeline, expert)
+
+
+def _of_options(problem: Problem) -> Problem:
+    """A recipe's problem in the words of who converts: of layouts there are options, and a model is as it is."""
+    message = re.sub(r"parallel\.(tensor|pipeline|expert)", r"--\1-parallel", problem.message)
+    return replace(problem, message=re.sub(r"; nearest: \d+; or set", "; set", message))
 
 
 def shard(tensor: Tensor, param: Param, rank: int, size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import refuse_other_run
 from recipes import containers, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
-from recipes.settle import settings, settle
+from recipes.settle import fitted, settings, settle
 from recipes.submitting import Member, submit
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def launch(
     that is wrong with the recipe on that executor, UserError if the executor refuses.
     """
     member = prepare(settle(recipe))
+    note_what_was_fitted([member])
     recipe, built = member.recipe, member.built
     if size := os.environ.get("WORLD_SIZE"):  # under torchrun already, started by hand
         require(built, int(size))
@@ -79,7 +80,19 @@ def prepare(recipe: "fdl.Partial[Any]") -> Member:
         raise ConfigError("this is a job that was launched already; put the call of launch under a main guard")
     built = settings(recipe)
     refuse_other_run(built)
+    if (Path(built.folder) / built.name / records.SWEEP_FILE).is_file():
+        message = (
+            f"'{built.name}' is what a sweep is called, whose table would hide this run; name it otherwise (name=...)"
+        )
+        raise ConfigError(Problem("name", message))
     return Member(recipe, built)
+
+
+def note_what_was_fitted(members: Sequence[Member]) -> None:
+    """Say, once for all of these runs, what was made to fit their length."""
+    for note in dict.fromkeys(fitted(member.recipe) for member in members):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def refuse_under_way(folder: Path) -> None:

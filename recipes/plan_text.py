@@ -100,9 +100,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     held = plan.memory
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     where = " on the fullest pipeline stage" if len(plan.stages) > 1 else ""
-    yield f"{held.total / GIB:.1f} GiB of {plan.capacity / GIB:.1f} GiB per GPU{where}: {verdict}"
+    yield f"{_gib(held.total)} of {plan.capacity / GIB:.1f} GiB per GPU{where}: {verdict}"
     parts = {name: getattr(held, name) for name in held.__dataclass_fields__}
-    yield ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB)
+    if shares := [f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB]:
+        yield ", ".join(shares)
 
 
 def _inference(plan: Plan) -> Iterator[str]:
@@ -159,7 +160,11 @@ def _run(plan: Plan) -> Iterator[str]:
 
 
 def _giga(operations: float) -> str:
-    return f"{operations / 1e9:,.2f} GFLOP"
+    return f"{operations / 1e9:,.2f} GFLOP" if operations >= 1e8 else f"{operations / 1e6:,.2f} MFLOP"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.05 * GIB else _bytes(size)
 
 
 def _bytes(size: float) -> str:
@@ -174,7 +179,7 @@ def _large(count: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if count >= limit:
             return f"{count / limit:,.1f}{unit}"
-    return f"{count:,}"
+    return f"{count:,.0f}"
 
 
 def _seconds(seconds: float) -> str:

@@ -38,10 +38,15 @@ def check(recipe: "fdl.Partial[Any]", world_size: int | None = None) -> list[Pro
 def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
     """Return a copy of `recipe` in which every value has its type and nothing contradicts the layer pattern.
 
-    An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
-    (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
-    command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
-    a warm-up. Raises ConfigError with every problem.
+        An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
+        (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
+        command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
+    <<<<<<< HEAD
+        a warm-up. Raises ConfigError with every problem.
+    =======
+        a warm-up. A run that was made shorter than its recipe's warm-up or final decay has a tenth of it for that. Raises
+        ConfigError with every problem.
+    >>>>>>> walks
     """
     recipe = copy.deepcopy(recipe)
     problems = _wrong_sections(recipe)
@@ -51,6 +56,7 @@ def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
         _settle_warmup(recipe.optimizer)
     if problems:
         raise ConfigError(problems)
+    _settle_schedule(recipe)
     return recipe
 
 
@@ -139,6 +145,46 @@ def _settle_warmup(optimizer: "fdl.Config[Any]") -> None:
         if newer:
             with nodes.set_by(nodes.SUPERSEDED, 0, f"optimizer.{newer}"):
                 setattr(optimizer, name, None)
+
+
+def _settle_schedule(recipe: "fdl.Partial[Any]") -> None:
+    """Fit a warm-up or final decay, in place, into a run that somebody else than its author has made too short for it.
+
+    `trainer.max_steps=3` tries a recipe out and says nothing of its warm-up; where both were said, both stay.
+    """
+    built, trainer, optimizer = _build(recipe), recipe.trainer, recipe.optimizer
+    length = "max_samples" if built.trainer.max_steps is None else "max_steps"
+    since = nodes.last_set(trainer, length)
+    if since is None or built.optimizer.decay_samples or fields.out_of_range(built):
+        return
+    samples = built.trainer.samples
+    with nodes.set_by(nodes.SUPERSEDED, 0, f"trainer.{length}"):
+        given = next((name for name in _WARMUPS if nodes.value(optimizer, name) is not None), None)
+        if given and built.warmup_samples >= samples and _is_elsewhere(nodes.last_set(optimizer, given), since):
+            setattr(optimizer, given, None)
+            optimizer.warmup_samples = samples // 10
+        decay = built.optimizer.wsd_decay_samples
+        if decay and decay >= samples and _is_elsewhere(nodes.last_set(optimizer, "wsd_decay_samples"), since):
+            optimizer.wsd_decay_samples = None
+
+
+def fitted(recipe: "fdl.Partial[Any]") -> str:
+    """Say what `settle` has made of the warm-up of a run that was made too short for it; '' if it left that alone."""
+    entry = nodes.last_set(recipe.optimizer, "warmup_samples")
+    if not entry or entry.new_value is None or entry.location.filename != nodes.SUPERSEDED:
+        return ""
+    return (
+        f"{entry.location.function_name} ends the run within its recipe's warm-up, so that is a tenth of the run, "
+        f"{entry.new_value} samples; optimizer.warmup_steps=N sets it"
+    )
+
+
+def _is_elsewhere(entry: "HistoryEntry | None", newer: "HistoryEntry") -> bool:
+    """Whether a value was superseded by what another function or the command line says."""
+    if entry is None or not _superseded(entry, newer):
+        return False
+    place, since = entry.location, newer.location
+    return (place.filename, place.function_name) != (since.filename, since.function_name)
 
 
 def _superseded(entry: "HistoryEntry | None", newer: "HistoryEntry | None") -> bool:

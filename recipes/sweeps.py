@@ -19,7 +19,7 @@ from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import writable
 from recipes import nodes, overrides, processes, records, typed, watching, weights
 from recipes.executors import Executor, Local, Slurm
-from recipes.launching import prepare, refuse_under_way, until_interrupted
+from recipes.launching import note_what_was_fitted, prepare, refuse_under_way, until_interrupted
 from recipes.records import SWEEP_FILE
 from recipes.settle import settle
 from recipes.submitting import Member, submit
@@ -111,8 +111,12 @@ def launch_sweep(
         raise ConfigError(dict.fromkeys(problems))
     for member in members:
         refuse_under_way(member.folder)
+    note_what_was_fitted(members)
     name = members[0].built.name.removesuffix("-1")
     folder = members[0].folder.parent / name
+    if records.is_run(folder) and not is_sweep(folder):
+        message = f"there is a run '{name}', which the sweep's table would hide; name the sweep otherwise (name=...)"
+        raise ConfigError(Problem("name", message))
     if isinstance(executor, Local):
         if not dry_run:
             _remember(folder, points, members)

@@ -190,8 +190,8 @@ def load_tokenizer(spec: str, place: str = "data.tokenizer") -> Tokenizer:
 
         return tokenizer_files.KINDS[kind](spec, file, **options)
     except ImportError as error:
-        message = f"the tokenizer '{spec}' needs the package {error.name}: pip install 'hybrid-recipes[data]'"
-        raise UserError(message) from error
+        brings = "`uv sync --extra data` in the project's folder brings it"
+        raise UserError(f"the tokenizer '{spec}' needs the package {error.name}: {brings}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(Problem(place, f"'{spec}' cannot be read as a tokenizer: {reason}")) from error

@@ -88,7 +88,8 @@ def prefill_padded(
         match layer, state:
             case Mamba2(), MambaState():
                 seen = (starts > 0).view(-1, 1, 1)
-                before = (state.conv[rows].where(seen, 0), state.ssm[rows].where(seen.unsqueeze(-1), 0))
+                conv, ssm = state.conv.index_select(0, rows), state.ssm.index_select(0, rows)
+                before = (conv.where(seen, 0), ssm.where(seen.unsqueeze(-1), 0))
                 mixed, *after = _mamba2(layer, normed, before, counts, lengths)
                 state.keep(rows, *after)
             case Attention(), AttentionState():

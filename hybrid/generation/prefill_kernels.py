@@ -33,14 +33,7 @@ def conv(
 ) -> tuple[Tensor, Tensor]:
     """x (B, L, C), weight (C, W), bias (C), state (B, W, C); returns y (B, L, C) and the state after it, or after the
     first `lengths` (B) of the positions."""
-    width = weight.shape[1]
-    before = x.new_zeros(x.shape[0], width, x.shape[2]) if state is None else state
-    if lengths is None:
-        after = torch.cat([before, x[:, -width:]], dim=1)[:, -width:]
-    else:
-        last = lengths.unsqueeze(1) + torch.arange(width, device=x.device)  # of both, one after the other
-        last = last.unsqueeze(-1).expand(-1, -1, x.shape[2])
-        after = torch.cat([before, x], dim=1).gather(1, last)
+    after = _inputs_after(x, state, weight.shape[1], lengths)
     # Its kernel wants rows of channels that start at multiples of eight.
     if x.is_cuda and x.shape[2] % 8 == 0 and _installed("causal_conv1d"):
         fused: Any = import_module("causal_conv1d")
@@ -50,6 +43,17 @@ def conv(
         return y.transpose(1, 2), after
     y = causal_conv1d(x, weight, bias, initial_state=None if state is None else state.transpose(1, 2))
     return y, after
+
+
+def _inputs_after(x: Tensor, state: Tensor | None, width: int, lengths: Tensor | None) -> Tensor:
+    """The last `width` inputs, of those before and of the first `lengths` (B), or all, of x."""
+    before = x.new_zeros(x.shape[0], width, x.shape[2]) if state is None else state
+    if lengths is None:
+        return torch.cat([before, x[:, -width:]], dim=1)[:, -width:]
+    places = lengths.unsqueeze(1) + torch.arange(-width, 0, device=x.device)  # below 0: among those before
+    row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    new, old = x[row, places.clamp(min=0)], before[row, (places + width).clamp(max=width - 1)]
+    return torch.where(places.unsqueeze(-1) < 0, old, new)
 
 
 def ssd(

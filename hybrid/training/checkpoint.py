@@ -52,6 +52,7 @@ def load(path: Path, settings: Settings, training: Training) -> Position:
     for index, chunk in enumerate(training.chunks):
         extra_state.load(unwrap(chunk), loaded[_model_key(index, len(training.chunks))], own=True)
     training.optimizer.load_state_dict(optimizer_parts.fit(training.optimizer, loaded["optimizer"]))
+    optimizer_parts.complete(training.optimizer)
     torch_adam.finish_loading(training)
     training.scheduler.load_state_dict(loaded["opt_param_scheduler"])
     if same_layout:

@@ -42,6 +42,7 @@ _MAY_CHANGE = (
     "data.cache",
     "data.num_workers",
     "model.kernels",
+    "optimizer.warmup_",  # as long as the run is, so that a trial run can go on as the whole one
     "trainer.max_",
     "trainer.micro_batch_size",
     "trainer.eval_",

@@ -1,4 +1,6 @@
-"""An optimizer's state under another expert parallel size.
+"""An optimizer's state in another optimizer than the one that saved it.
+
+transformer-engine's Adam and torch's keep different settings beside their tensors: see `complete`.
 
 With expert parallelism megatron-core has two optimizers, one for the experts, and numbers their states; without it
 there is one, whose state stands alone. The tensors are saved by the names of the weights and fit either way, but what
@@ -37,3 +39,14 @@ def fit(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> dict[Any, Any]:
 
 def _like(group: dict[str, Any], saved: dict[float, dict[str, Any]]) -> dict[str, Any]:
     return {**saved[group["wd_mult"]], "is_expert_parallel": group["is_expert_parallel"]}
+
+
+def complete(optimizer: MegatronOptimizer) -> None:
+    """Give the parameter groups that were loaded what this optimizer has beyond the one that saved them.
+
+    torch takes a loaded group as it stands, and transformer-engine's Adam then misses its `bias_correction`.
+    """
+    chained: Any = optimizer
+    for part in getattr(chained, "chained_optimizers", [chained]):
+        for group in part.optimizer.param_groups:
+            group.update({name: value for name, value in part.optimizer.defaults.items() if name not in group})

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from converters import convert, hf, naming
+from hybrid.data import bytelevel
 from hybrid.errors import ConfigError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
@@ -207,6 +208,20 @@ def test_tokenizer_and_settings_of_generation_go_along(saved: Saved, tmp_path: P
     assert (tmp_path / "d/tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "d/generation_config.json").read_text()) == {"temperature": 0.5}
     assert json.loads((tmp_path / "d/config.json").read_text())["eos_token_id"] == 11
+
+
+@pytest.mark.parametrize("named", ["<end>", {"content": "<end>"}])
+def test_the_tokenizer_says_which_token_ends_a_text_where_no_config_does(
+    saved: Saved, tmp_path: Path, named: object
+) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    (tmp_path / "a/generation_config.json").unlink()
+    for name, content in bytelevel.byte_vocabulary("<end>").items():
+        content |= {"eos_token": named} if name == "tokenizer_config.json" else {}
+        (tmp_path / "a" / name).write_text(json.dumps(content))
+    convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == 256
 
 
 @pytest.mark.parametrize("kind", sorted(hf.REFUSED))

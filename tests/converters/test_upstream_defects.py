@@ -113,7 +113,9 @@ def test_release_tracker_raises(saved: Saved, tmp_path: Path) -> None:
 
 def test_more_ranks_than_groups_raises_index_error(saved: Saved, tmp_path: Path) -> None:
     source, _ = saved("mamba2")
-    with pytest.raises(ConfigError, match=r"mamba_num_groups: is 8, but must be a multiple of parallel.tensor \(16\)"):
+    with pytest.raises(
+        ConfigError, match=r"mamba_num_groups: is 8, but must be a multiple of --tensor-parallel \(16\)"
+    ):
         convert.convert(source, tmp_path / "out", "megatron", tensor=16)
     assert not (tmp_path / "out").exists()
 

@@ -268,6 +268,16 @@ class TestSweeps:
         assert [line.rpartition(" ")[2] for line in out] == ["runs/tiny-1/recipe.yaml", "runs/tiny-2/recipe.yaml"]
         assert list(here.iterdir()) == []
 
+    def test_a_sweep_and_a_run_of_one_name_would_hide_each_other(self, here: Path) -> None:
+        points, recipe_of = sweeps.expand(["optimizer.lr=1e-3,2e-3"]), lambda words: apply(tiny(), words)
+        (here / "runs/tiny").mkdir(parents=True)
+        (here / "runs/tiny/settings.json").write_text("{}")
+        with pytest.raises(ConfigError, match="there is a run 'tiny', which the sweep's table would hide"):
+            sweeps.launch_sweep(points, recipe_of, Local(devices=1))
+        (here / "runs/tiny/settings.json").rename(here / "runs/tiny/sweep.json")
+        with pytest.raises(ConfigError, match="'tiny' is what a sweep is called"):
+            launch(tiny())
+
 
 def test_versions_that_differ_from_where_it_was_sent_are_named(tmp_path: Path) -> None:
     from recipes import worker

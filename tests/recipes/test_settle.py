@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.config import ModelConfig, TrainerConfig
+from hybrid.config import ModelConfig, OptimizerConfig, TrainerConfig
 from hybrid.errors import ConfigError
 from hybrid.run import pretrain
-from recipes import apply, config, hybrid_8b, partial, resolve, settings
+from recipes import apply, check, config, files, hybrid_8b, partial, resolve, settings
 from recipes.launching import launch
-from recipes.settle import settle
+from recipes.settle import fitted, settle
 
 
 def small():
@@ -91,6 +91,71 @@ def test_the_newer_of_steps_and_samples_counts() -> None:
     recipe = small()
     recipe.trainer = config(TrainerConfig, max_steps=10, max_samples=81)
     assert places(lambda: settings(recipe)) == ["trainer.max_samples"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "warmup"),
+    [
+        ("tiny", ["trainer.max_steps=3"], 2),  # of 24 samples
+        ("tiny", ["trainer.max_steps=21"], 160),  # of 168
+        ("finetune(tiny)", ["trainer.max_samples=1280"], 128),  # 50 steps of 128 otherwise
+        ("nemotron_h_8b", ["trainer.max_steps=10"], 768),
+        ("mine.py:shorter()", [], 2),
+    ],
+)
+def test_a_run_made_shorter_than_its_warm_up_has_a_shorter_one(
+    recipe: str, words: list[str], warmup: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "from recipes import tiny",
+        "def shorter():",
+        "    it = tiny()",
+        "    it.trainer.max_steps = 3",
+        "    return it",
+    ]
+    Path("mine.py").write_text("\n".join(lines))
+    made = apply(resolve(recipe), words)
+    assert settings(made).warmup_samples == warmup
+    assert ("a tenth of the run" in fitted(settle(made))) == (words != ["trainer.max_steps=21"])
+    Path("settled.yaml").write_text(files.to_yaml(made))
+    assert settings(resolve("@settled.yaml")).warmup_samples == warmup
+
+
+def test_a_final_decay_longer_than_a_shortened_run_is_a_tenth_again() -> None:
+    made = settings(apply(resolve("nemotron_nano_12b_v2"), ["trainer.max_steps=10"]))
+    assert made.optimizer.wsd_decay_samples is None
+    assert made.warmup_samples == made.trainer.samples // 10
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["optimizer.warmup_steps=500"],
+        ["trainer.max_steps=3", "optimizer.warmup_steps=5"],
+        ["optimizer.warmup_steps=5", "trainer.max_steps=3"],
+        ["trainer=@short.yaml", "optimizer.warmup_steps=5"],
+    ],
+)
+def test_a_warm_up_that_was_said_is_never_shortened(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.yaml").write_text("max_steps: 3\n")
+    made = apply(resolve("tiny"), words)
+    assert "optimizer.warmup_steps" in [problem.place for problem in check(made)]
+
+
+def test_a_function_that_contradicts_itself_is_refused() -> None:
+    recipe = partial(
+        pretrain,
+        name="both",
+        model=config(ModelConfig, layer_pattern="M-M*"),
+        optimizer=config(OptimizerConfig, warmup_samples=160),
+        trainer=config(TrainerConfig, max_steps=3),
+    )
+    assert settings(recipe).warmup_samples == 160
+    assert "optimizer.warmup_samples" in [problem.place for problem in check(recipe)]
 
 
 def test_every_value_of_a_wrong_type_is_named() -> None:
