@@ -403,7 +403,7 @@ def attend_piece(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, starts
     """As `ops.attend_piece`: query (B, L, Q, E), key and value (S, K, T, E) contiguous, rows and starts (B)."""
     batch, length, heads, width = query.shape
     groups, positions = key.shape[1:3]
-    query = query.contiguous()
+    query, rows, starts = query.contiguous(), rows.contiguous(), starts.contiguous()
     out = torch.empty_like(query)
     block_e = max(16, int(triton.next_power_of_2(width)))
     block_t = max(16, min(64, 16384 // (block_e * query.element_size())))

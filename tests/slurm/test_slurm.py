@@ -21,10 +21,12 @@ ENDLESS = 100000
 def test_two_runs_at_once_on_the_same_nodes_of_which_one_yields_and_goes_on(place: Place) -> None:
     """nemo-run's port is fixed, and the second of them fails. Their losses are the same, since their seeds are."""
     with_gpus = [*TWO_NODES, "executor.gpu_request=gpus_per_node"]
-    place.send("undisturbed", STEPS, *with_gpus)
-    pause(place, "undisturbed")  # so that they are there at once, however fast this machine is
-    place.send("yields", STEPS, *with_gpus, "executor.partition=spare")
-    pause(place, "yields")
+    # Each begins when it is looked at, and is paused, so that they are there at once, however fast this machine is.
+    held = [*with_gpus, "executor.sbatch={hold: ''}"]
+    for name, more in (("undisturbed", []), ("yields", ["executor.partition=spare"])):
+        (job,) = place.send(name, STEPS, *held, *more)
+        place.cluster.run("scontrol", "release", job)
+        pause(place, name)
     both = [place.status(name) for name in ("undisturbed", "yields")]
     assert both == ["undisturbed is running: on n[1-2]", "yields is running: on n[1-2]"]
     send_signal(place, "undisturbed", signal.SIGCONT)

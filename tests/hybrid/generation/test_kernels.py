@@ -120,7 +120,7 @@ def test_attention_of_pieces(dtype: torch.dtype, heads: int, groups: int, width:
 
     query = _random(3, length, heads, width, dtype=dtype)
     key, value = (_random(5, groups, 70, width, dtype=dtype, seed=seed) for seed in (1, 2))
-    rows, starts = torch.tensor([4, 0, 2]), torch.tensor([0, 30, 7])
+    rows, starts = torch.tensor([[4, 0], [0, 30], [2, 7]]).unbind(1)  # numbers that lie apart
     expected = ops.attend_piece(*[t.float().cpu() for t in (query, key, value)], rows, starts)
     _close(kernels.attend_piece(query, key, value, rows.to(DEVICE), starts.to(DEVICE)), expected, LIMITS[dtype])
 
