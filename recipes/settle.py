@@ -38,15 +38,11 @@ def check(recipe: "fdl.Partial[Any]", world_size: int | None = None) -> list[Pro
 def settle(recipe: "fdl.Partial[Any]") -> "fdl.Partial[Any]":
     """Return a copy of `recipe` in which every value has its type and nothing contradicts the layer pattern.
 
-        An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
-        (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
-        command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
-    <<<<<<< HEAD
-        a warm-up. Raises ConfigError with every problem.
-    =======
-        a warm-up. A run that was made shorter than its recipe's warm-up or final decay has a tenth of it for that. Raises
-        ConfigError with every problem.
-    >>>>>>> walks
+    An explicit `model.layer_pattern` wins over the number of layers and the ratios that were there when it was set
+    (a recipe gives ratios, its user a pattern): these become None. Those set after it, or together with it on the
+    command line or in one file, must agree with it. Of steps and samples the newer one stays, and of the ways to give
+    a warm-up. A run that was made shorter than its recipe's warm-up or final decay has a tenth of it for that. Raises
+    ConfigError with every problem.
     """
     recipe = copy.deepcopy(recipe)
     problems = _wrong_sections(recipe)

@@ -44,9 +44,12 @@ def _like(group: dict[str, Any], saved: dict[float, dict[str, Any]]) -> dict[str
 def complete(optimizer: MegatronOptimizer) -> None:
     """Give the parameter groups that were loaded what this optimizer has beyond the one that saved them.
 
-    torch takes a loaded group as it stands, and transformer-engine's Adam then misses its `bias_correction`.
+    torch takes a loaded group as it stands, and transformer-engine's Adam then misses its `bias_correction`; and it
+    wants a whole number of steps, where torch's Adam counts in float32.
     """
     chained: Any = optimizer
     for part in getattr(chained, "chained_optimizers", [chained]):
         for group in part.optimizer.param_groups:
             group.update({name: value for name, value in part.optimizer.defaults.items() if name not in group})
+            if isinstance(group.get("step"), float):
+                group["step"] = int(group["step"])

@@ -15,8 +15,9 @@ def test_settings_that_the_other_optimizer_had_not_are_its_own_again(tmp_path: P
         training = set_up(run, stage_pattern(run), world.device)
         group = training.optimizer.param_groups[0]
         eps = group.pop("eps")
-        group["lr"] = 0.5
+        group.update(lr=0.5, step=3.0)
         optimizer_parts.complete(training.optimizer)
-        assert (group["eps"], group["lr"]) == (eps, 0.5)
+        assert (group["eps"], group["lr"], group["step"]) == (eps, 0.5, 3)
+        assert type(group["step"]) is int
     finally:
         distributed.stop()
