@@ -22,6 +22,10 @@ from typing import Any
 
 import torch
 
+if torch.cuda.is_available():  # transformer-engine wants to find its cuDNN before anything else has loaded one
+    import hybrid.quiet  # noqa: F401
+
+# isort: split
 from converters import megatron, naming
 from hybrid.config import ModelConfig, Settings
 from hybrid.data.tokenizer import ByteTokenizer
@@ -290,9 +294,6 @@ def transformers_generate(model: ModelConfig, length: int, tokens: int) -> None:
 
 def megatron_static(settings: Settings, length: int, tokens: int) -> None:
     """megatron-core's model with its static context, which its engine of that name steps as this does."""
-    import hybrid.quiet  # noqa: F401
-
-    # isort: split
     from megatron.core.inference.contexts import StaticInferenceContext
 
     from hybrid.costs.pipeline import stage_pattern

@@ -79,7 +79,7 @@ def _train(kind: str, options: argparse.Namespace, overrides: list[str], where: 
         *(f"checkpoint.save_interval={options.every}", "checkpoint.keep_last=1"),
         *(f"checkpoint.asynchronous={kind == 'asynchronous'}", f"name={kind}", f"folder={where}", *overrides),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run(command, env=environment, cwd=where, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in (Path(where) / kind / "metrics.jsonl").open()]
     steps_taken = [line for line in lines if "loss" in line and line["step"] > WARM_UP]

@@ -297,7 +297,7 @@ def _local(record: Record, job: Job) -> Job:
         return Job(job.identity, "running", f"process {pid}")
     if job.status == "unknown":  # unless it ended after it was asked for its word
         words = records.ask(record, _ended(record, job.identity)).decode().split()
-        if words:
+        if len(words) > 1:
             return _by_code(job.identity, int(words[1]), "")
         return Job(job.identity, "failed", "its process is gone without a word: killed, or the machine was")
     return job

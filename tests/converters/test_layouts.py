@@ -193,10 +193,10 @@ def test_stages_are_cut_by_size(make_model: Callable[..., ModelConfig]) -> None:
 @pytest.mark.parametrize(
     ("kind", "sizes", "rule"),
     [
-        ("hybrid", {"tensor": 3}, r"model.mamba_num_heads: is 16, but must be a multiple of parallel.tensor \(3\)"),
-        ("mamba2", {"tensor": 16}, r"mamba_num_groups: is 8, but must be a multiple of parallel.tensor \(16\)"),
+        ("hybrid", {"tensor": 3}, r"model.mamba_num_heads: is 16, but must be a multiple of --tensor-parallel \(3\)"),
+        ("mamba2", {"tensor": 16}, r"mamba_num_groups: is 8, but must be a multiple of --tensor-parallel \(16\)"),
         ("hybrid", {"pipeline": 9}, r"is 9, but the model has 5 layers"),
-        ("moe", {"expert": 3}, r"model.num_experts: is 4, but must be a multiple of parallel.expert \(3\)"),
+        ("moe", {"expert": 3}, r"model.num_experts: is 4, but must be a multiple of --expert-parallel \(3\)"),
         ("hybrid", {"pipeline": 2, "layer_pattern": "M-|M*|-"}, r"has 3 segments, no multiple of"),
         ("hybrid", {"pipeline": 2, "layer_pattern": "M-M|*M"}, r"has other layers than the checkpoint"),
     ],
