@@ -260,7 +260,7 @@ def reshard(run: dict[str, Any], sources: Iterable[str]) -> None:
         saver = Saver(folder / "again", settings, None, world)
         again = saver.save(training, position, wait=True)[-1].path
         if world.is_main:
-            before, after = _tensors(path), _tensors(again)
+            before, after = tensors(path), tensors(again)
             if before.keys() != after.keys() or any(not before[key].equal(after[key]) for key in before):
                 changed.append(source)
             shutil.rmtree(again)
@@ -270,7 +270,7 @@ def reshard(run: dict[str, Any], sources: Iterable[str]) -> None:
     stop()
 
 
-def _tensors(path: Path) -> dict[str, Any]:
+def tensors(path: Path) -> dict[str, Any]:
     """Every tensor of a checkpoint, whole."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load

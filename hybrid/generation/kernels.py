@@ -43,7 +43,7 @@ def _follow(OVERLAP: tl.constexpr):
         gdc_launch_dependents()
 
 
-# Rows of the weight a program takes, columns of it at once, warps: measured on an H200, benchmarks/generation.md.
+# Rows of the weight a program takes, columns of it at once, warps: measured on an H200, benchmarks/generation_gpu.md.
 _MATVEC = (2, 2048, 4)
 
 

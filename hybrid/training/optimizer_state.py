@@ -2,7 +2,12 @@
 
 megatron-core gathers it through memory of the CPU that is not pinned, on every data parallel rank: seconds in which a
 GPU does nothing. Here it stays on the GPU where there is room for it, and only the first data parallel rank, which
-writes it, gets it. What is written is the same.
+writes it, gets it.
+
+And megatron-core 0.19 puts buckets together without the padding between them, then takes each parameter's state from
+where it is with the padding (`sharded_param_state_fully_reshardable`): after a bucket that ends in padding, every
+parameter was saved with a part of its neighbour's state. Tied embeddings under pipeline parallelism, which have a
+bucket of their own, met that, and so may any model with several buckets. Here the padding stays.
 """
 
 from collections.abc import Iterator
@@ -20,8 +25,8 @@ _SHARE = 0.7
 
 @contextmanager
 def kept_on_device(optimizer: Any) -> Iterator[None]:
-    """While entered, on CUDA, the optimizer's sharded state is made this way."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer]) if torch.cuda.is_available() else []
+    """While entered, the optimizer's sharded state is made this way."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     parts = [part for part in parts if isinstance(part, DistributedOptimizer)]
     for part in parts:
         part.get_parameter_state_dp_zero = partial(gather, part)  # type: ignore[method-assign]
@@ -33,13 +38,14 @@ def kept_on_device(optimizer: Any) -> Iterator[None]:
 
 
 def gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
-    """`DistributedOptimizer.get_parameter_state_dp_zero`: each buffer's parameters and moments as one tensor each."""
+    """`DistributedOptimizer.get_parameter_state_dp_zero`: each buffer's parameters and moments as one tensor each, as
+    they lie in the buffer."""
     group = optimizer.data_parallel_group
     first, size = dist.get_process_group_ranks(group)[0], group.size()
     is_first = group.rank() == 0
     keys = ("param", *optimizer.optimizer_state_keys)
     device = optimizer.buffers[0].grad_data.device
-    wanted = sum(buffer.numel_unpadded for buffer in optimizer.buffers) * 4 * len(keys)
+    wanted = sum(buffer.numel for buffer in optimizer.buffers) * 4 * len(keys)
     fits = device.type == "cpu" or wanted < _SHARE * _free_memory(device)
     target = device if fits else torch.device("cpu")
     state: dict[Any, Any] = {"buckets_coalesced": True}
@@ -48,9 +54,10 @@ def gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
         ((dtype, bucket_ranges),) = ranges.items()
         whole = {}
         if is_first:
-            whole = {key: torch.empty(buffer.numel_unpadded, dtype=torch.float32, device=target) for key in keys}
-        offset = 0
-        for bucket, bucket_range in zip(buffer.buckets, bucket_ranges, strict=True):
+            whole = {key: torch.zeros(buffer.numel, dtype=torch.float32, device=target) for key in keys}
+        for bucket, bucket_range, (begin, end) in zip(
+            buffer.buckets, bucket_ranges, buffer.bucket_indices, strict=True
+        ):
             numel = bucket.grad_data.numel()
             shards = {key: torch.zeros(numel // size, dtype=torch.float32, device=device) for key in keys}
             for parameter, places in bucket_range["param_map"].items():
@@ -64,8 +71,7 @@ def gather(optimizer: Any, **_: Any) -> dict[Any, Any] | None:
                     gathered = torch.empty(numel if is_first else 0, dtype=torch.float32, device=device)
                     dist.gather(shard, list(gathered.chunk(size)) if is_first else None, dst=first, group=group)
                 if is_first:
-                    whole[key][offset : offset + bucket.numel_unpadded].copy_(gathered[: bucket.numel_unpadded])
-            offset += bucket.numel_unpadded
+                    whole[key][begin:end].copy_(gathered)
         state[index] = {dtype: {**whole, "numel_unpadded": buffer.numel_unpadded}}
     return state if is_first else None
 
