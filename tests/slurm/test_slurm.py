@@ -119,7 +119,8 @@ def test_a_rank_that_is_killed_is_named_with_its_last_lines(place: Place) -> Non
     assert re.search(r"rank 1 on \S+ died of SIGKILL", done.stdout)
     found = json.loads(place.hybrid("status", "killed", "--json").stdout)
     assert (found["status"], found["detail"]) == ("failed", "exit code 137")
-    assert re.fullmatch(r"rank 1 on \S+ died of SIGKILL", found["last_lines"][0])
+    # After what it wrote itself, if that was anything: warnings of a busy machine.
+    assert any(re.fullmatch(r"rank 1 on \S+ died of SIGKILL", line) for line in found["last_lines"])
 
 
 @once
