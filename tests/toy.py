@@ -28,6 +28,18 @@ from hybrid.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+MODEL = ModelConfig(
+    layer_pattern="M-M*",
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    mamba_state_dim=16,
+    mamba_head_dim=16,
+    mamba_num_groups=2,
+    mamba_chunk_size=16,
+    vocab_size=257,
+    vocab_size_multiple=4,
+)
 
 
 def settings(folder: Path, name: str = "toy", *, steps: int = 4, **sections: dict[str, Any]) -> Settings:
@@ -35,18 +47,7 @@ def settings(folder: Path, name: str = "toy", *, steps: int = 4, **sections: dic
     toy = Settings(
         name=name,
         folder=str(folder / "runs"),
-        model=ModelConfig(
-            layer_pattern="M-M*",
-            hidden_size=32,
-            num_attention_heads=4,
-            num_query_groups=2,
-            mamba_state_dim=16,
-            mamba_head_dim=16,
-            mamba_num_groups=2,
-            mamba_chunk_size=16,
-            vocab_size=257,
-            vocab_size_multiple=4,
-        ),
+        model=MODEL,
         parallel=ParallelConfig(),
         data=DataConfig(
             source="text",

@@ -77,7 +77,7 @@ class Runner:
         row = self.reading_rows[0]
         length = max(1, min(self.room.prefill_chunk, self.room.max_length // 2))
         for _ in range(min(2, self.room.max_length)):  # from nothing, and from what has been read
-            self.read([row], [[0] * length])
+            self._read([row], [[0] * length])  # the other ranks do so themselves
         self._slots.reset(row)
 
     @property
@@ -102,6 +102,9 @@ class Runner:
         1, 2, 4 or 8 of them. Returns logits (rows, positions, vocabulary), of every position or of the last one.
         """
         self._tell("read", rows, tokens, every)
+        return self._read(rows, tokens, every)
+
+    def _read(self, rows: list[int], tokens: list[list[int]], every: bool = False) -> Tensor:
         if self.pads and not every:
             return self._read_padded(rows, tokens)[:, None, : self.weights.vocab_size]
         with torch.inference_mode():

@@ -10,8 +10,9 @@ import torch
 from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
-from tests.hybrid.generation.toys import MODEL, make_weights
+from tests.hybrid.generation.toys import make_weights
 from tests.recipes.test_generating import checkpoint, greedy
+from tests.toy import MODEL
 
 pytestmark = pytest.mark.gpu
 # Attention in the midst, so that what is read wrongly there is carried on.

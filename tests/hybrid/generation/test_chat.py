@@ -9,7 +9,8 @@ from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.errors import ConfigError
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
-from tests.hybrid.generation.toys import MODEL, make_weights
+from tests.hybrid.generation.toys import make_weights
+from tests.toy import MODEL
 
 MESSAGES = [
     {"role": "user", "content": "One?"},

@@ -8,19 +8,6 @@ from converters import naming
 from hybrid.config import ModelConfig
 from hybrid.generation import weights
 
-MODEL = ModelConfig(
-    layer_pattern="M-M*",
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    mamba_state_dim=16,
-    mamba_head_dim=16,
-    mamba_num_groups=2,
-    mamba_chunk_size=16,
-    vocab_size=257,
-    vocab_size_multiple=4,
-)
-
 
 def make_weights(model: ModelConfig, **where: Any) -> weights.Weights:
     """Random weights, large enough for opinions."""

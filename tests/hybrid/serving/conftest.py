@@ -18,7 +18,8 @@ from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
 from hybrid.serving.app import create_app
 from hybrid.serving.limits import Limits
-from tests.hybrid.generation.toys import MODEL, make_weights
+from tests.hybrid.generation.toys import make_weights
+from tests.toy import MODEL
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 

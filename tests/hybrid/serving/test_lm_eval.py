@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hybrid.generation.toys import MODEL
 from tests.hybrid.serving.conftest import Served, make_generator, serve
+from tests.toy import MODEL
 
 pytestmark = [
     pytest.mark.slow,
