@@ -87,11 +87,10 @@ def prefill_padded(
     for layer, state, norm in zip(weights.layers, slots.layers, norms[1:], strict=True):
         match layer, state:
             case Mamba2(), MambaState():
-                seen = (starts > 0).view(-1, 1, 1)
-                conv, ssm = state.conv.index_select(0, rows), state.ssm.index_select(0, rows)
-                before = (conv.where(seen, 0), ssm.where(seen.unsqueeze(-1), 0))
-                mixed, *after = _mamba2(layer, normed, before, counts, lengths)
-                state.keep(rows, *after)
+                before = (ops.taken(state.conv, rows, starts), ops.taken(state.ssm, rows, starts))
+                mixed, conv, ssm = _mamba2(layer, normed, before, counts, lengths)
+                ops.put(conv, state.conv, rows)
+                ops.put(ssm, state.ssm, rows)
             case Attention(), AttentionState():
                 query, key, value = _heads(layer, normed, rotary)
                 # What is past the end becomes the last position once more.

@@ -267,6 +267,53 @@ def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positio
 
 
 @_jit
+def _taken(
+    state, rows, starts, out, size, rows_stride, starts_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """A block of one sequence's state; one that has seen nothing is not read."""
+    _follow(OVERLAP)
+    sequence = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside, seen = offset < size, tl.load(starts + sequence * starts_stride) > 0
+    row = tl.load(rows + sequence * rows_stride)
+    values = tl.load(state + row * size + offset, mask=inside & seen, other=0.0)
+    tl.store(out + sequence * size + offset, values, mask=inside)
+
+
+@_jit
+def _put(values, state, rows, size, values_row, rows_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    """A block of one sequence's state."""
+    _follow(OVERLAP)
+    sequence = tl.program_id(0).to(tl.int64)
+    offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(rows + sequence * rows_stride)
+    new = tl.load(values + sequence * values_row + offset, mask=offset < size)
+    tl.store(state + row * size + offset, new.to(state.dtype.element_ty), mask=offset < size)
+
+
+_STATE_BLOCK = 4096  # elements, 8 to 16 KiB
+
+
+def taken(state: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """As `ops.taken`: state (S, ...) contiguous, rows and starts (B) of any stride."""
+    out = torch.empty(len(rows), *state.shape[1:], device=state.device, dtype=state.dtype)
+    size = out[0].numel()
+    _taken[(len(rows), triton.cdiv(size, _STATE_BLOCK))](
+        state, rows, starts, out, size, rows.stride(0), starts.stride(0), BLOCK=_STATE_BLOCK, **_launched(state)
+    )  # fmt: skip
+    return out
+
+
+def put(values: Tensor, state: Tensor, rows: Tensor) -> None:
+    """As `ops.put`: state (S, ...) contiguous, rows (B) of any stride."""
+    values = values.contiguous()
+    size = values[0].numel()
+    _put[(len(rows), triton.cdiv(size, _STATE_BLOCK))](
+        values, state, rows, size, values.stride(0), rows.stride(0), BLOCK=_STATE_BLOCK, **_launched(state)
+    )  # fmt: skip
+
+
+@_jit
 def _attend_block(asked, key, value, t, e, end, until, scale, largest, total, result, E: tl.constexpr):
     """Some more keys and values, at positions t before `end`, into an online softmax of queries that see those up to
     `until`."""

@@ -84,6 +84,26 @@ def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positio
     value[rows, :, positions] = new_value
 
 
+def taken(state: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """The state (S, ...) of some rows (B), as (B, ...): zeros where a row has seen `starts` (B) of 0, whatever is
+    there."""
+    if state.is_cuda:
+        from hybrid.generation import kernels
+
+        return kernels.taken(state, rows, starts)
+    return state[rows].where((starts > 0).view(-1, *[1] * (state.ndim - 1)), 0)
+
+
+def put(values: Tensor, state: Tensor, rows: Tensor) -> None:
+    """Make values (B, ...), of any type, the state (S, ...) of some rows (B)."""
+    if state.is_cuda:
+        from hybrid.generation import kernels
+
+        kernels.put(values, state, rows)
+        return
+    state[rows] = values.to(state.dtype)
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); of torch's own an element's last bits depend on where it is, as on `silu`'s."""
     return -F.logsigmoid(-x)

@@ -126,6 +126,24 @@ def test_attention_of_pieces(dtype: torch.dtype, heads: int, groups: int, width:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(4, 12), (6, 40, 25)])
+def test_states_are_taken_from_their_rows_and_put_back(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    from hybrid.generation import kernels
+
+    state = _random(5, *shape, dtype=dtype)
+    state[1] = torch.nan  # of a sequence that has ended; the next one in its place has seen nothing
+    given = torch.tensor([[3, 7, 0], [1, 0, 0], [4, 1, 0]], device=DEVICE)
+    rows, starts = given[:, 0], given[:, 1]
+    taken = kernels.taken(state, rows, starts)
+    assert torch.equal(taken.cpu(), ops.taken(state.cpu(), rows.cpu(), starts.cpu()))
+    assert not taken[1].any()
+    after, expected = _random(3, *shape, seed=1), state.cpu()
+    ops.put(after.cpu(), expected, rows.cpu())
+    kernels.put(after, state, rows)
+    assert torch.equal(state.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_new_keys_and_values_go_where_they_belong(dtype: torch.dtype) -> None:
     from hybrid.generation import kernels
 
