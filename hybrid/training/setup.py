@@ -1,6 +1,7 @@
 """From the settings to what is trained: model chunks under Megatron's DDP, its optimizer and its schedule."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hybrid.config import Settings
+from hybrid.model import kernels
 from hybrid.model.build import build_model, transformer_config
 from hybrid.pattern import Pattern
 from hybrid.training import z_loss
@@ -90,7 +92,26 @@ def _chunk(
         if hasattr(module, "fuse_wgrad_accumulation"):
             # Transformer-engine adds a weight's gradient to DDP's buffer in the matrix product that makes it.
             module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+    if kernels.of(settings).transformer_engine:
+        chunk.scale_gradients = partial(_scale_gradients, chunk)  # type: ignore[method-assign]
     return chunk
+
+
+def _scale_gradients(chunk: DistributedDataParallel, factor: torch.Tensor) -> None:
+    """As DDP's own, for a factor on the GPU.
+
+    There torch rounds the factor to bf16 if the gradients are that, and takes four times as long for a large buffer.
+    """
+    from transformer_engine.pytorch import optimizers  # pyright: ignore[reportMissingImports]
+
+    parallel: Any = chunk
+    for buffer in parallel.buffers + parallel.expert_parallel_buffers:
+        # The kernel counts the elements of a tensor in 32 bits.
+        parts = [*buffer.grad_data.split(2**30), *buffer.extra_main_grads]
+        not_finite = torch.zeros(1, dtype=torch.int32, device=factor.device)
+        optimizers.multi_tensor_applier(
+            optimizers.multi_tensor_scale_tensor, not_finite, [parts, list(parts)], factor.float().reshape(1)
+        )
 
 
 def _optimizer(settings: Settings, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:

@@ -8,15 +8,18 @@ around the CPU's losses, which fall by several tenths in these steps.
 import shutil
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hybrid.config import Settings
 from tests import toy
 from tests.gpu import runs
 
 pytestmark = pytest.mark.gpu
+TYPES = (torch.bfloat16, torch.float32)
 
 RUNS: dict[str, tuple[float, dict[str, dict[str, Any]]]] = {
     "torch modules, float32": (1e-3, {"model": {"kernels": "reference"}}),
@@ -75,3 +78,18 @@ def test_gradients_and_moments_in_bf16_train_the_same(on_cpu: dict[str, "Future[
     apart = {step: abs(losses[0][step] - losses[1][step]) for step in losses[0]}
     print(f"moments in bf16: {max(apart.values()):.1e}")
     assert len(apart) == runs.STEPS and max(apart.values()) <= 0.05, apart
+
+
+def test_gradients_are_scaled_by_a_factor_that_is_not_rounded() -> None:
+    from hybrid.training.setup import _scale_gradients
+
+    gradients = [torch.randn(size, device="cuda").to(dtype) for size in (70_000, 1) for dtype in TYPES]
+    buffers = [
+        SimpleNamespace(grad_data=gradient.clone(), extra_main_grads=[gradient.clone()]) for gradient in gradients
+    ]
+    chunk: Any = SimpleNamespace(buffers=buffers[:2], expert_parallel_buffers=buffers[2:])
+    factor = torch.tensor(1 / 30_011, device="cuda")
+    _scale_gradients(chunk, factor)
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        expected = (gradient.float() * factor).to(gradient.dtype)
+        assert torch.equal(buffer.grad_data, expected) and torch.equal(buffer.extra_main_grads[0], expected)
