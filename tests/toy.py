@@ -124,11 +124,13 @@ def _load_and_move(load: Any, run: Settings) -> Any:
 
 def join(number: int) -> None:
     """Join the other ranks for the `number`th run of this process: each run needs names of its own in their store."""
+    import torch
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
         store, rank, size = next(dist.rendezvous("env://"))
-        dist.init_process_group("gloo", store=dist.PrefixStore(f"run {number}", store), rank=rank, world_size=size)
+        dist.init_process_group(backend, store=dist.PrefixStore(f"run {number}", store), rank=rank, world_size=size)
 
 
 def _hang() -> None:

@@ -44,7 +44,7 @@ def on_cpu(
     gpu: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, "Future[Settings]"]]:
     """The run of each model on the CPU, under way in other processes since the first test, if one will ask for it."""
-    wanted = any("test_training" in item.nodeid for item in request.session.items)
+    wanted = any(name in item.nodeid for item in request.session.items for name in ("test_training", "test_parallel"))
     with ThreadPoolExecutor(len(runs.MODELS)) as pool:
         folder = tmp_path_factory.mktemp("cpu")
         yield {model: pool.submit(_train_on_cpu, runs.on_cpu(folder, model)) for model in runs.MODELS if wanted}

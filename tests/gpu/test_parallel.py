@@ -1,0 +1,49 @@
+"""Training over two GPUs, with NCCL between them, beside training in one process on the CPU: see test_training."""
+
+import shutil
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hybrid.config import Settings
+from tests import toy
+from tests.gpu import runs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most"),
+]
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP2": {},
+    "DP2, overlapped": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "TP2 + SP": {"tensor": 2, "sequence": True},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+    "EP2": {"expert": 2},
+}
+# float32 as in test_training; with experts a few tokens go another way.
+CASES = {
+    "Mamba-2": (1e-3, ["DP2", "DP2, overlapped", "TP2 + SP", "PP2", "CP2"]),
+    "Mamba-2, experts, MTP": (5e-3, ["TP2 + SP", "PP2", "EP2"]),
+    "Mamba-1": (1e-3, ["DP2", "TP2 + SP", "PP2", "CP2"]),
+}
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_losses_stay_in_a_band_around_those_of_one_process(on_cpu: dict[str, "Future[Settings]"], model: str) -> None:
+    cpu, (band, layouts) = on_cpu[model].result(), CASES[model]
+    some = [replace(cpu, name=name, parallel=replace(cpu.parallel, **LAYOUTS[name])) for name in layouts]
+    for run in some:
+        shutil.copytree(runs.checkpoint(cpu), runs.checkpoint(run))
+    toy.start(some, processes=2)
+    expected = toy.metrics(cpu)
+    for run in some:
+        losses = toy.metrics(run)
+        apart = {step: abs(losses[step] - expected[step]) for step in losses}
+        print(f"{model}, {run.name}: {max(apart.values()):.1e}")
+        assert list(apart) == list(range(runs.START + 1, runs.START + runs.STEPS + 1))
+        assert max(apart.values()) <= band, (run.name, apart)
