@@ -295,14 +295,26 @@ def transformers_generate(model: ModelConfig, length: int, tokens: int) -> None:
 def megatron_static(settings: Settings, length: int, tokens: int) -> None:
     """megatron-core's model with its static context, which its engine of that name steps as this does."""
     from megatron.core.inference.contexts import StaticInferenceContext
+    from megatron.core.inference.utils import InferenceMode
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     from hybrid.costs.pipeline import stage_pattern
-    from hybrid.model.build import build_model, transformer_config
+    from hybrid.model.build import transformer_config
     from hybrid.training.distributed import start, stop
 
     start(settings.parallel, None, seed=7)
-    pattern = stage_pattern(settings)
-    theirs: Any = build_model(settings, transformer_config(settings, pattern), pattern).to(DEVICE, DTYPE).eval()
+    model, pattern = settings.model, stage_pattern(settings)
+    with torch.device(DEVICE):
+        # Its own layers: those of this project's training do not take its context.
+        made: Any = HybridModel(
+            config=transformer_config(settings, pattern), hybrid_stack_spec=hybrid_stack_spec,
+            vocab_size=model.padded_vocab_size, max_sequence_length=length + tokens + 8,
+            hybrid_layer_pattern=str(pattern), share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="none",
+        )  # fmt: skip
+    theirs = made.to(DEVICE, DTYPE).eval()
+    assert model.position_embedding == "none"
     for batch in BATCHES:
         context = StaticInferenceContext(batch, length + tokens + 8)
 
@@ -313,7 +325,7 @@ def megatron_static(settings: Settings, length: int, tokens: int) -> None:
             context.sequence_len_offset += given.shape[1]  # noqa: B023
             return logits[:, -1].argmax(-1, keepdim=True)
 
-        with torch.inference_mode():
+        with torch.inference_mode(), InferenceMode.active():
             given = torch.randint(256, (batch, length), device=DEVICE)
             forward(given)
             context.sequence_len_offset = 0

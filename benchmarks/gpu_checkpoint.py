@@ -5,9 +5,10 @@
 
 Needs the kernels (`hybrid doctor`), 64 GiB of GPU memory and 40 GB on the disk of --folder for hybrid_800m. Each kind
 of saving trains in a process of its own, on Python's standard library read from `.bin` files by the run's own loader,
-and saves every few steps into --folder; the figures are those that metrics.jsonl has. Of each run the first save is
-shown apart (it plans, and pins the memory that later ones use), and the last is left out (it always waits). The peer of
-the asynchronous save is the synchronous one, and of both a plain file of the same size, written and synced.
+and saves every few steps into --folder; the figures are those that metrics.jsonl has. A save that begins before the one
+before it is whole waits for it, so the asynchronous ones are further apart. Of each run the first save is shown by
+itself (it plans, and pins the memory that later ones use), and the last is left out (it always waits). The peer of the
+asynchronous save is the synchronous one, and of both a plain file of the same size, written and synced.
 
 Figures to reach on the H200 with hybrid_800m: an asynchronous save stalls the training at most 10% of the time of a
 synchronous one; waiting for data takes under 1% of a step, everything that is not forward, backward and optimizer 2%.
@@ -16,6 +17,7 @@ synchronous one; waiting for data takes under 1% of a step, everything that is n
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--saves", type=int, default=3, help="saves that are measured, besides the first and last")
-    parser.add_argument("--every", type=int, default=8, help="steps between saves")
+    parser.add_argument("--every", type=int, default=8, help="steps between synchronous saves")
+    parser.add_argument("--apart", type=int, default=40, help="steps between asynchronous saves: more than one takes")
     parser.add_argument("--folder", help="where the runs are written: on the disk that is to be measured")
     options, overrides = parser.parse_known_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as where:
@@ -64,7 +67,8 @@ def main() -> None:
 
 
 def _train(kind: str, options: argparse.Namespace, overrides: list[str], where: str) -> dict[str, Any]:
-    steps = (options.saves + 2) * options.every
+    every = options.apart if kind == "asynchronous" else options.every
+    steps = (options.saves + 2) * every
     command = [
         *(sys.executable, "-m", "cli", "pretrain", options.recipe),
         *(
@@ -76,14 +80,17 @@ def _train(kind: str, options: argparse.Namespace, overrides: list[str], where: 
             "trainer.eval_steps=1",
         ),
         *("optimizer.warmup_samples=0", "optimizer.decay_samples=None", f"trainer.max_steps={steps}"),
-        *(f"checkpoint.save_interval={options.every}", "checkpoint.keep_last=1"),
+        *(f"checkpoint.save_interval={every}", "checkpoint.keep_last=1"),
         *(f"checkpoint.asynchronous={kind == 'asynchronous'}", f"name={kind}", f"folder={where}", *overrides),
     ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run(command, env=environment, cwd=where, check=True, stdout=sys.stderr)
     lines = [json.loads(line) for line in (Path(where) / kind / "metrics.jsonl").open()]
+    shutil.rmtree(Path(where) / kind)
     steps_taken = [line for line in lines if "loss" in line and line["step"] > WARM_UP]
     saves = [line for line in lines if "saved_step" in line]
+    for save in saves:
+        print(kind, save, file=sys.stderr)
     # An asynchronous save is written in the steps from the one after it to the one at whose end it was found whole.
     under_way = {step for save in saves for step in range(save["saved_step"] + 1, save["step"] + 1)}
     writing = [line["step_seconds"] for line in steps_taken if line["step"] in under_way]
