@@ -107,7 +107,7 @@ def _pipeline(settings: Settings, pattern: Pattern, world_size: int | None) -> I
         )
     elif segments > pipeline > 1 and world_size and world_size % settings.parallel.model_size == 0:
         trainer = settings.trainer
-        replicas = world_size // settings.parallel.model_size
+        replicas = settings.replicas(world_size)
         per_step = trainer.micro_batch_size * replicas
         if trainer.global_batch_size % per_step == 0 and trainer.global_batch_size // per_step % pipeline:
             what = (

@@ -331,3 +331,12 @@ class Settings:
         if given.warmup_tokens is not None:
             return -(-given.warmup_tokens // self.data.sequence_length)
         return given.warmup_samples or 0
+
+    def replicas(self, world_size: int) -> int:
+        """Data parallel replicas of the model on so many processes."""
+        return world_size // self.parallel.model_size
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro batches that each process goes through in a step of the full global batch, at least one."""
+        samples = self.trainer.micro_batch_size * self.replicas(world_size)
+        return max(1, self.trainer.global_batch_size // samples)

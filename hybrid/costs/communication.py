@@ -26,8 +26,8 @@ class Axis:
 def per_step(settings: Settings, pattern: Pattern, stage: int, world_size: int, gpu: Gpu) -> dict[str, Axis]:
     """Messages of a GPU of one pipeline stage, by axis; an axis of size 1 has none."""
     parallel, trainer = settings.parallel, settings.trainer
-    replicas = world_size // parallel.model_size
-    micro_batches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * replicas))
+    replicas = settings.replicas(world_size)
+    micro_batches = settings.micro_batches(world_size)
     chunks = pipeline.chunks_of(pattern, parallel.pipeline, stage)
     symbols = "".join(pattern.segments[chunk] for chunk in chunks)
     is_last = chunks[-1] == len(pattern.segments) - 1

@@ -53,9 +53,8 @@ def training(settings: Settings, pattern: Pattern, stage: int, world_size: int) 
     experts = parameters.experts_of_rank(settings, pattern, stage)
     chunks = pipeline.chunks_of(pattern, parallel.pipeline, stage)
     is_last = chunks[-1] == len(pattern.segments) - 1
-    replicas = world_size // parallel.model_size
     tokens = trainer.micro_batch_size * settings.data.sequence_length / parallel.context
-    micro_batches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * replicas))
+    micro_batches = settings.micro_batches(world_size)
 
     symbols = "".join(pattern.segments[chunk] for chunk in chunks)
     stream = _stream_bytes(settings)

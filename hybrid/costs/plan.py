@@ -180,7 +180,6 @@ def evaluate(settings: Settings, gpu: Gpu, world_size: int, mfu: float | None = 
     pattern = pipeline.stage_pattern(settings)
     per_token = [seconds.total for seconds in speed.segments(settings, pattern, gpu)]
     stages = tuple(stage(settings, pattern, index, world_size, gpu, per_token) for index in range(parallel.pipeline))
-    replicas = world_size // parallel.model_size
     return Plan(
         name=settings.name,
         gpu=gpu.name,
@@ -192,9 +191,9 @@ def evaluate(settings: Settings, gpu: Gpu, world_size: int, mfu: float | None = 
             "virtual": len(pattern.segments) // parallel.pipeline,
             "context": parallel.context,
             "expert": parallel.expert,
-            "data": replicas,
+            "data": settings.replicas(world_size),
         },
-        micro_batches=trainer.global_batch_size // (trainer.micro_batch_size * replicas),
+        micro_batches=settings.micro_batches(world_size),
         pattern=pattern.text,
         counts=pattern.counts(),
         parameters=parameters.whole(settings),
@@ -216,8 +215,7 @@ def stage(settings: Settings, pattern: Pattern, index: int, world_size: int, gpu
     """What one rank of pipeline stage `index` holds and does; `per_token` are the seconds of each segment."""
     parallel, trainer = settings.parallel, settings.trainer
     chunks = pipeline.chunks_of(pattern, parallel.pipeline, index)
-    replicas = world_size // parallel.model_size
-    micro_batches = trainer.global_batch_size // (trainer.micro_batch_size * replicas)
+    micro_batches = settings.micro_batches(world_size)
     tokens = trainer.micro_batch_size * settings.data.sequence_length / parallel.context
     seconds = sum(per_token[chunk] for chunk in chunks) * tokens
     held = parameters.rank(settings, pattern, index)
@@ -234,9 +232,8 @@ def stage(settings: Settings, pattern: Pattern, index: int, world_size: int, gpu
 
 def step(settings: Settings, pattern: Pattern, stages: tuple[Stage, ...], world_size: int, gpu: Gpu) -> Step:
     """Predict the seconds of an optimizer step: the slowest stage, its messages, waiting for others, the update."""
-    parallel, trainer = settings.parallel, settings.trainer
-    replicas = world_size // parallel.model_size
-    micro_batches = trainer.global_batch_size // (trainer.micro_batch_size * replicas)
+    parallel, replicas = settings.parallel, settings.replicas(world_size)
+    micro_batches = settings.micro_batches(world_size)
 
     def messages(stage: Stage) -> dict[str, float]:
         return {name: axis.seconds / micro_batches for name, axis in stage.communication.items() if name != "data"}

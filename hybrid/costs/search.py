@@ -135,7 +135,7 @@ def _layouts(settings: Settings, gpu: Gpu, world_size: int) -> Iterator[Settings
 def _variants(layout: Settings, world_size: int) -> Iterator[Settings]:
     """The layout with each cut into virtual stages and each micro batch."""
     trainer = layout.trainer
-    replicas = world_size // layout.parallel.model_size
+    replicas = layout.replicas(world_size)
     for cut in _cuts(layout, layout.model.pattern, layout.parallel.pipeline):
         for samples in _micro_batches(trainer.global_batch_size, replicas):
             yield replace(cut, trainer=replace(trainer, micro_batch_size=samples))
