@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 from hybrid.errors import UserError
+from hybrid.pattern import CONVERTED, LAYER_KINDS
 
 # (old, new), applied in this order to every name. Live parameters and 2024's modules, fused and separate norms, grouped
 # and sequential experts, GPT's stack and the hybrid one.
@@ -93,7 +94,7 @@ def _place(name: str) -> tuple[str, int, str] | None:
 def _symbols(layer: str, suffixes: set[str]) -> str:
     starts = {suffix.split(".")[0] for suffix in suffixes}
     result = ""
-    if "mixer" in starts:
+    if "mixer.A_log" in suffixes:
         result += "M"
     if "self_attention" in starts:
         if any(re.match(r"self_attention\.(A_log|in_proj|conv1d)", suffix) for suffix in suffixes):
@@ -111,8 +112,8 @@ def _symbols(layer: str, suffixes: set[str]) -> str:
 
 
 def _unknown_kind(layer: str, what: str) -> UserError:
+    known = ", ".join(f"{LAYER_KINDS[symbol]} ({symbol})" for symbol in CONVERTED)
     return UserError(
-        f"{layer} is {what}; the converters and generation know Mamba, attention, latent attention, MLP and MoE "
-        "layers (M * + - E). "
+        f"{layer} is {what}; the converters and generation know the layers {known}. "
         "Training goes on from such a checkpoint (checkpoint.load)"
     )

@@ -129,4 +129,5 @@ def core(model: ModelConfig, symbol: str, length: int) -> float:
         )
     if symbol == "G":
         return float(DELTA_RULE) * model.gdn_value_size * model.gdn_key_head_dim
+    assert symbol in "-E", f"no layer is written {symbol!r}"
     return 0.0

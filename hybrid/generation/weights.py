@@ -297,6 +297,7 @@ def _layer(model: ModelConfig, kind: str, prefix: str, take: Any, ranks: int) ->
         return _latent(model, prefix, take, ranks)
     if kind == "-":
         return _mlp(model, f"{prefix}mlp.", take, norm=_norm(model, f"{prefix}mlp.linear_fc1.layer_norm_", take))
+    assert kind == "E", f"generation knows no layer {kind!r}"
     return _experts(model, prefix, take, ranks)
 
 

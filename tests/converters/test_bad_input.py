@@ -141,7 +141,9 @@ def test_a_layer_of_another_kind(
     model = make_model("hybrid")
     weights = make_weights(model) | {f"decoder.layers.5.{name}": torch.zeros(3)}
     source = make_legacy(tmp_path / "source", model, weights)
-    with pytest.raises(UserError, match=r"decoder.layers.5 is (sparse|a gated).*know Mamba, attention, latent"):
+    with pytest.raises(
+        UserError, match=r"decoder.layers.5 is (sparse|a gated).*know the layers Mamba \(M\), attention"
+    ):
         convert.open_checkpoint(source)
 
 
