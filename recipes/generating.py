@@ -7,14 +7,15 @@ with open_generator("tiny") as model:
 
 import multiprocessing
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.config import Settings
-from hybrid.costs import memory
+from hybrid.costs import memory, parameters
 from hybrid.data.chat_template import ChatTemplate, find_template, special_tokens
 from hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 _MINUTES = timedelta(minutes=10)  # to read a rank's weights
 _FOREVER = timedelta(days=365)  # a follower waits for the next request
+_WEIGHTS_A_THREAD = 2**17  # of a matrix; with fewer, threads wait for one another (benchmarks/generation_cpu.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def open_generator(reference: str | Path, *, max_waiting: int = 256, **options: 
     template = _chat_template(opening, checkpoint, tokenizer)
     opening = _limited(opening, checkpoint)
     _require_memory(opening, checkpoint)
-    runner = _runner(opening, checkpoint) if opening.tensor_parallel == 1 else _lead(opening, checkpoint)
+    with _no_pool_here():
+        runner = _runner(opening, checkpoint) if opening.tensor_parallel == 1 else _lead(opening, checkpoint)
     name = checkpoint.path.name if Path(opening.reference).exists() else opening.reference
     return Generator(
         runner,
@@ -88,7 +91,35 @@ def open_generator(reference: str | Path, *, max_waiting: int = 256, **options: 
         max_waiting=max_waiting,
         chat_template=template,
         plain_chats=checkpoint.settings is not None and checkpoint.settings.data.source == "sft",
+        threads=_threads(opening, checkpoint),
     )
+
+
+@contextmanager
+def _no_pool_here() -> Iterator[None]:
+    """Load in one thread: OpenMP keeps a pool for each thread that has computed with several.
+
+    When all pools together have more threads than there are cores, libgomp has them sleep after each operation, which
+    takes two thirds of a small model's tokens/s from the engine.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads(opening: Opening, checkpoint: "Checkpoint") -> int:
+    """Threads of a rank on a CPU: no more than the products of a decoding step have work for."""
+    import torch
+
+    model = checkpoint.model
+    mean = parameters.active(Settings(name="", model=model)) / (2 * model.pattern.num_layers + 1)
+    useful = max(1, round(mean / opening.tensor_parallel / _WEIGHTS_A_THREAD))
+    return min(max(1, torch.get_num_threads() // opening.tensor_parallel), useful)
 
 
 def _checkpoint(opening: Opening) -> "Checkpoint":
@@ -232,8 +263,12 @@ def _follow(opening: Opening, rank: int, port: int) -> None:
     """Another rank: do what rank 0 does, until it stops or is gone."""
     import signal
 
+    import torch
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
-    runner = _joined(opening, _checkpoint(opening), rank, port)
+    checkpoint = _checkpoint(opening)
+    torch.set_num_threads(_threads(opening, checkpoint))
+    runner = _joined(opening, checkpoint, rank, port)
     try:
         runner.follow()
     except RuntimeError:  # rank 0 is gone

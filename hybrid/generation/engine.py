@@ -87,12 +87,13 @@ class _Launched:
 class Engine:
     """Runs jobs on a runner in a thread of its own; `submit` and `cancel` may be called from any thread."""
 
-    def __init__(self, runner: Runner, end: int, max_waiting: int = 256):
-        """`end` is the token that ends a document."""
+    def __init__(self, runner: Runner, end: int, max_waiting: int = 256, threads: int = 0):
+        """`end` is the token that ends a document; `threads` of the CPU compute, 0: as many as torch takes."""
         self.runner, self.end, self.max_waiting = runner, end, max_waiting
         self.failure: BaseException | None = None
         self.steps = 0
         self.ahead = runner.asynchronous
+        self._threads = threads
         self._launched: _Launched | None = None
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
@@ -185,6 +186,8 @@ class Engine:
         return finished
 
     def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)  # of this thread
         try:
             while self._wait():
                 if self._launched is None or not self._goes_on():

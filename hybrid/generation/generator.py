@@ -59,16 +59,17 @@ class Generator:
         max_waiting: int = 256,
         chat_template: ChatTemplate | None = None,
         plain_chats: bool = False,
+        threads: int = 0,
     ):
         """`name` is what clients call it; `plain_chats`: it has learned conversations in the layout of `data.chat`,
-        which are laid out so where there is no `chat_template`.
+        which are laid out so where there is no `chat_template`; `threads` as of `Engine`.
         """
         if tokenizer.vocab_size > runner.weights.vocab_size:
             sizes = f"{tokenizer.vocab_size} tokens, the model {runner.weights.vocab_size}"
             raise ConfigError(Problem("tokenizer", f"'{tokenizer.spec}' has {sizes}; it is another model's"))
         self.tokenizer, self.name = tokenizer, name
         self.chat_template, self.chats = chat_template, plain_chats or chat_template is not None
-        self.engine = Engine(runner, tokenizer.eod, max_waiting)
+        self.engine = Engine(runner, tokenizer.eod, max_waiting, threads)
 
     def __enter__(self) -> "Generator":
         return self

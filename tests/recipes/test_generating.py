@@ -1,5 +1,6 @@
 """Checkpoints of several formats, opened to generate; and one model shared by two processes."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from converters import convert
 from hybrid.errors import ConfigError, UserError
+from hybrid.generation.sampling import Sampling
 from recipes import generating, open_generator
 from tests.converters.conftest import random_weights, save_legacy, small_model
 
@@ -42,6 +44,29 @@ def test_every_format_gives_the_same_text(tmp_path: Path) -> None:
     expected = greedy(legacy)
     assert greedy(tmp_path / "dist") == expected
     assert greedy(tmp_path / "hf") == expected
+
+
+def test_threads_are_the_engines_as_far_as_it_has_work_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that loads with several would keep OpenMP's pool, and slow the engine down threefold."""
+    loaded_with, made_with = [], []
+    load = generating._weights
+    monkeypatch.setattr(generating, "_weights", lambda *a: loaded_with.append(torch.get_num_threads()) or load(*a))
+    path, before = checkpoint(tmp_path, "hybrid"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for weights_a_thread in (1, 2**30):
+            monkeypatch.setattr(generating, "_WEIGHTS_A_THREAD", weights_a_thread)
+            with open_generator(path, tokenizer="byte", slots=1, max_length=64) as model:
+                job = model.start([1], Sampling(max_tokens=1), lambda _: made_with.append(torch.get_num_threads()))
+                while not job.row.position:
+                    time.sleep(0.01)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert loaded_with == [1, 1]
+    assert (made_with[0], made_with[-1]) == (2, 1)
 
 
 def test_what_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
