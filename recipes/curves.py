@@ -111,6 +111,8 @@ def _figure(runs: Sequence[Curves]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         if logarithmic:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         if metric == "tokens_per_second":
             axes.set_ylim(bottom=0)
     panels.flat[0].legend(frameon=False, fontsize=9)
