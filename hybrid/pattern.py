@@ -230,7 +230,10 @@ def _unknown_symbols(text: str, main_length: int) -> list[Problem]:
     if wrong:
         symbols = list(dict.fromkeys(text[place] for place in wrong))
         guesses = {symbol: guess for symbol in symbols if (guess := _MEANT.get(symbol) or _upper(symbol))}
-        hint = "".join(f"; for {symbol!r} write '{guess}'" for symbol, guess in guesses.items())
+        hint = "".join(
+            f"; for {symbol!r} write '{guess}' if {LAYER_KINDS.get(guess, 'a border')} is meant"
+            for symbol, guess in guesses.items()
+        )
         meanings = ", ".join(f"{symbol} {name}" for symbol, name in LAYER_KINDS.items())
         what = "is no layer symbol" if len(symbols) == 1 else "are no layer symbols"
         problems.append(

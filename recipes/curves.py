@@ -115,7 +115,7 @@ def _figure(runs: Sequence[Curves]) -> Any:
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         if metric == "tokens_per_second":
             axes.set_ylim(bottom=0)
-    panels.flat[0].legend(frameon=False, fontsize=9)
+    panels.flat[0].legend(frameon=False, fontsize=9, title="bold: mean of neighbouring steps", title_fontsize=8)
     return figure
 
 

@@ -116,13 +116,18 @@ def _field(node: "fdl.Buildable[Any]", place: str, name: str | int) -> nodes.Fie
     if isinstance(name, int):
         raise ConfigError(Problem(f"{place}[{name}]", "a section has names, not numbers", detail))
     if place:
-        raise ConfigError(Problem(f"{place}.{name}", f"{place} has no field {name}{nearest(name, valid)}", detail))
+        hint = nearest(name, valid) or _elsewhere(name)
+        raise ConfigError(Problem(f"{place}.{name}", f"{place} has no field {name}{hint}", detail))
     if is_dataclass(target := node.__fn_or_cls__):  # an executor, or a section by itself
         what = getattr(target, "__name__", target)
         raise ConfigError(Problem(str(name), f"{what} has no field {name}{nearest(str(name), valid)}", detail))
+    raise ConfigError(Problem(name, f"a recipe has no field {name}{_elsewhere(name) or nearest(name, valid)}", detail))
+
+
+def _elsewhere(name: str) -> str:
+    """'; did you mean SECTION.name?' where sections have such a field, else ''."""
     sections = [section for section, cls in nodes.SECTIONS.items() if name in nodes.schema(cls)]
-    hint = f"; did you mean {' or '.join(f'{section}.{name}' for section in sections)}?" if sections else ""
-    raise ConfigError(Problem(name, f"a recipe has no field {name}{hint or nearest(name, valid)}", detail))
+    return f"; did you mean {' or '.join(f'{section}.{name}' for section in sections)}?" if sections else ""
 
 
 def _section(node: "fdl.Buildable[Any]", field: nodes.Field) -> "fdl.Buildable[Any]":

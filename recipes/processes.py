@@ -53,6 +53,8 @@ def launch(
             (run / name).mkdir(exist_ok=True)
     if count == 1 and not detach and not own_process and not around.prefix:
         os.environ.update(variables)
+        if sys.stderr.isatty():
+            print("loading PyTorch and megatron-core; the first time it may take half a minute", file=sys.stderr)
         return run_here(recipe, built)
     # One thread a process is torchrun's own default; share the cores out instead.
     threads = max(1, (os.cpu_count() or 1) // count)

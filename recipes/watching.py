@@ -10,8 +10,10 @@ import re
 import shlex
 import signal
 import socket
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ _LIVE = ("queued", "running")
 _STOPPED = (130, 138, 143)
 _BEFORE_ITS_START = f"{128 + signal.SIGTERM} COMPLETING:Cancelled"  # said for a job as it would say it itself
 _LAST_LINES = 20
+_MEDIAN_STEPS = 50  # a step just before a stop is no measure
 # What recipes.worker and recipes.torchrun say; the others fail after the first, where they wait for it.
 _FAILED_RANK = re.compile(r"the last lines of rank |rank \d+ (failed:|on \S+ (died|ended) )")
 _SECTIONS = ("metrics", "settings", "queue", "ended", "log")
@@ -55,7 +58,7 @@ class Job:
 class State:
     """How a run stands. `step` of `steps` is the newest that is recorded, `loss` its loss, `validation` those of the
     newest validation by the name of the held-out set, `bits_per_byte` likewise, `metrics` what else the newest step
-    recorded.
+    recorded, times and speeds as medians of the newest steps.
     """
 
     name: str
@@ -83,6 +86,8 @@ class State:
         """What `hybrid status` says of the newest metrics, line by line."""
         for name, loss in self.validation.items():
             yield f"{name}: loss {loss:.4f}, {self.bits_per_byte[name]:.3f} bits per byte"
+        if self.step and not self.validation:
+            yield "no validation yet (trainer.eval_interval, and the end of the run)"
         at = self.metrics
         if "tokens_per_second" in at:
             mfu = f", MFU {at['mfu']:.1%}" if "mfu" in at else ""
@@ -284,7 +289,7 @@ def _by_code(identity: str, code: int, state_then: str) -> Job:
     if state_then.startswith("COMPLETING:"):  # while it was running: somebody's scancel
         return Job(identity, "cancelled", "", code)
     if code in _STOPPED:
-        return Job(identity, "stopped", "after saving", code)
+        return Job(identity, "stopped", "saved, and goes on with the same command", code)
     return Job(identity, "failed", f"exit code {code}", code)
 
 
@@ -329,14 +334,18 @@ def _summary(jobs: list[Job]) -> tuple[Status, str]:
 def _progress(
     answer: dict[str, str],
 ) -> tuple[int | None, int | None, float | None, dict[str, float], dict[str, float], dict[str, float]]:
-    step, loss, validation, bits, metrics = None, None, {}, {}, {}
+    step, loss, validation, bits = None, None, {}, {}
+    newest: deque[dict[str, float]] = deque(maxlen=_MEDIAN_STEPS)
     for entry in entries(answer["metrics"]):
         step = entry.get("step", step)
         loss = entry.get("loss", loss)
         if "loss" in entry:
-            metrics = {name: value for name, value in entry.items() if name != "step" and value is not None}
+            newest.append({name: value for name, value in entry.items() if name != "step" and value is not None})
         for name in [key.removesuffix("_bits_per_byte") for key in entry if key.endswith("_bits_per_byte")]:
             validation[name], bits[name] = entry[f"{name}_loss"], entry[f"{name}_bits_per_byte"]
+    metrics = newest[-1] if newest else {}
+    for name in [name for name in metrics if name.endswith("_seconds") or name in ("tokens_per_second", "mfu")]:
+        metrics[name] = statistics.median(each[name] for each in newest if name in each)
     return step, _steps(answer["settings"]), loss, validation, bits, metrics
 
 

@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import ConfigError, UserError, nearest
 from hybrid.generation.engine import Closed, QueueFull
 from hybrid.generation.generator import Generator, UnknownModel
-from hybrid.serving import megatron, openai, tokenizing
+from hybrid.serving import megatron, openai, schemas, tokenizing
 from hybrid.serving.limits import Guard, Limits, error
 from hybrid.serving.metrics import Metrics
 
@@ -23,6 +23,12 @@ _PAGE = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
+}
+# What a misspelt field may have meant.
+_FIELDS = {
+    **schemas.CompletionRequest.model_fields,
+    **schemas.ChatRequest.model_fields,
+    **megatron.ApiRequest.model_fields,
 }
 _POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
 
@@ -91,7 +97,10 @@ def _add_failures(app: FastAPI, metrics: Metrics) -> None:
         for each in problem.errors():
             place = ".".join(str(part) for part in each["loc"] if part != "body")
             first = first or place or None
-            messages.append(f"{place}: {each['msg']}" if place else each["msg"])
+            message = each["msg"]
+            if each["type"] == "extra_forbidden":
+                message = f"there is no such field{nearest(place, _FIELDS)}"
+            messages.append(f"{place}: {message}" if place else message)
         # A union says for each of its members why it is not that one.
         return answer(request, 400, "\n".join(dict.fromkeys(messages)), "invalid_request_error", first)
 

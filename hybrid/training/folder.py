@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hybrid import settings_file
 from hybrid.config import CheckpointConfig, Settings
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, UserError, nearest
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -163,4 +163,5 @@ def find_checkpoint(reference: str, runs: str = "runs") -> Path:
         )
     there = sorted(path.parent.parent.name for path in Path(runs).glob(f"*/{CHECKPOINTS}/{TRACKER_FILE}"))
     names = f"runs here: {', '.join(there)}" if there else f"there are no runs in '{runs}' here"
-    raise ConfigError(Problem(reference, f"is neither a run nor a checkpoint folder; {names}"))
+    message = f"is neither a run nor a checkpoint folder{nearest(reference, there)}; {names}"
+    raise ConfigError(Problem(reference, message.replace("?;", "?")))

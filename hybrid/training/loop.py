@@ -1,6 +1,6 @@
 """The training loop: settings in, a run's folder with metrics and checkpoints out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,14 @@ def train(settings: Settings) -> None:
         stop()
 
 
+def _say_new_length(settings: Settings, latest: Path, say: Callable[[str], None]) -> None:
+    """Say it where a run that goes on has another length than before, and its learning rate with it."""
+    before, steps = settings_file.read(latest).trainer.steps, settings.trainer.steps
+    optimizer = settings.optimizer
+    if before != steps and optimizer.decay_samples is None and optimizer.schedule != "constant":
+        say(f"trainer.max_steps was {before} and is {steps}: the learning rate goes on where a run of {steps} has it")
+
+
 def _open_folder(settings: Settings, run: Path, world: World) -> None:
     """Make the run's folder, or take it up again if it holds the same run."""
     folder.refuse_other_run(settings)
@@ -92,6 +100,7 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
             position = checkpoint.load(latest, settings, training)
             judge.remember(position.norms)
             report.say(f"goes on from step {position.step}")
+            _say_new_length(settings, latest, report.say)
             if position.data != datasets.fingerprint:
                 report.say("warning: the data has changed since; what follows is not what this run would have read")
                 position = replace(position, data=datasets.fingerprint)

@@ -117,7 +117,10 @@ def test_generate_prints_the_prompt_and_what_follows_the_same_for_the_same_seed(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["generate", "whoel", "--prompt", "a"], "whoel: is neither a run nor a checkpoint folder; runs here: "),
+        (
+            ["generate", "whoel", "--prompt", "a"],
+            "whoel: is neither a run nor a checkpoint folder; did you mean whole? runs here: ",
+        ),
         (["generate", "whole", "--prompt", ""], "prompt: is empty; give the text to go on from"),
         (
             ["pretrain", "tiny", "data.source=text", "data.path=nowhere"],

@@ -148,7 +148,10 @@ class TestRunsOnThisMachine:
         with pytest.raises(ConfigError, match="is running"):
             launch(apply(tiny(), ["name=toy"]))
         assert "saves and stops" in watching.cancel(run)
-        assert (self.ended(run).status, self.ended(run).detail) == ("stopped", "after saving")
+        assert (self.ended(run).status, self.ended(run).detail) == (
+            "stopped",
+            "saved, and goes on with the same command",
+        )
         with pytest.raises(UserError, match="toy is not running"):
             watching.cancel(run)
 

@@ -124,12 +124,14 @@ def test_a_config_of_any_dataclass_takes_overrides() -> None:
 
 
 def test_all_problems_are_reported_at_once_with_place_and_nearest_name() -> None:
-    assert problems("model.hiden_size=3", "model.activation=gleu", "foo=1", "trainer.seed=x", "hidden_size=5") == [
+    words = ["model.hiden_size=3", "model.activation=gleu", "foo=1", "trainer.seed=x", "hidden_size=5", "trainer.lr=1"]
+    assert problems(*words) == [
         "model.hiden_size: model has no field hiden_size; did you mean hidden_size?",
         "model.activation: 'gleu' is not one of gelu, squared_relu, swiglu; did you mean gelu?",
         "foo: a recipe has no field foo",
         "trainer.seed: 'x' is not a whole number",
         "hidden_size: a recipe has no field hidden_size; did you mean model.hidden_size?",
+        "trainer.lr: trainer has no field lr; did you mean optimizer.lr?",
     ]
 
 

@@ -44,6 +44,17 @@ def test_a_checkpoint_has_settings_versions_checksums_and_its_tokenizer(finished
     assert checksums.damage(path) == ""
 
 
+def test_a_run_that_is_made_longer_says_what_becomes_of_its_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = toy.settings(tmp_path, steps=2)
+    train(run)
+    assert "learning rate goes on" not in capsys.readouterr().out
+    train(replace(run, trainer=replace(run.trainer, max_steps=3)))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "trainer.max_steps was 2 and is 3: the learning rate goes on where a run of 3 has it" in said
+
+
 def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(
     finished: Settings, copied: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
