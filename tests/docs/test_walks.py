@@ -199,7 +199,7 @@ def test_the_walk_of_a_newcomer(tmp_path: Path) -> None:
     walk.to("Change something")
     assert "  layer_pattern           M-M*-M-M- " in walk.after("hybrid show")
     assert "done: 50 steps" in walk.after("hybrid pretrain")
-    assert all(name in (tmp_path / "curves.html").read_text() for name in ("tiny", "attention"))
+    assert all(name in (tmp_path / "curves.html").read_text() for name in ("tiny", "transformer"))
 
 
 @pytest.fixture(scope="module")
