@@ -67,7 +67,7 @@ def run(model: Generator, listening: socket.socket, limits: Limits, drain_second
     # Uvicorn's own would stop listening at once, end with the signal's exit code, and take no second SIGTERM.
     server.handle_exit = end  # type: ignore[method-assign]
     listening.listen(_BACKLOG)  # so that who comes as soon as this is said is not turned away
-    print(f"{model.name} is served on http://{shown}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"{model.name} is served on http://{shown}:{port}", flush=True)
     try:
         server.run(sockets=[listening])
     finally:
