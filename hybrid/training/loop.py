@@ -1,5 +1,6 @@
 """The training loop: settings in, a run's folder with metrics and checkpoints out."""
 
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +53,7 @@ def train(settings: Settings) -> None:
         world.barrier()
         _run(settings, pattern, run, world)
     finally:
+        gc.collect()  # the model's other rings; with it go the process groups that it holds
         stop()
 
 
@@ -116,9 +118,12 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
         clock = Clock()
         token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
         saver = Saver(run / folder.CHECKPOINTS, settings, tokenizer, world)
-        with Watchdog(settings.faults.hang_seconds, world.rank, run) as watchdog, Interrupt() as interrupt:
-            stepper = Stepper(settings, training, token_bytes, world, clock, judge, watchdog.beat)
-            _Loop(settings, world, report, datasets, training, stepper, saver, run, interrupt, position).run()
+        try:
+            with Watchdog(settings.faults.hang_seconds, world.rank, run) as watchdog, Interrupt() as interrupt:
+                stepper = Stepper(settings, training, token_bytes, world, clock, judge, watchdog.beat)
+                _Loop(settings, world, report, datasets, training, stepper, saver, run, interrupt, position).run()
+        finally:
+            training.release()
 
 
 @dataclass

@@ -38,6 +38,19 @@ class Training:
         """Parameters this rank holds."""
         return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
 
+    def release(self) -> None:
+        """Let the model be freed when nobody has it any more.
+
+        Autograd's nodes hold DDP's hooks, and are held by DDP and, through the config, by the optimizer's shards: rings
+        that Python's collector does not see through. With the model would stay its process groups, of which each of
+        gloo's has threads that wake a hundred times a second.
+        """
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        hooks: Any = self.config
+        hooks.grad_scale_func = hooks.finalize_model_grads_func = None
+        hooks.no_sync_func = hooks.grad_sync_func = hooks.param_sync_func = None
+
 
 def set_up(settings: Settings, pattern: Pattern, device: torch.device) -> Training:
     """Build this rank's part of the model with new weights, and the optimizer for it."""

@@ -150,3 +150,11 @@ def _stop_after(run: Settings, step: int) -> None:
     finally:
         done.set()
         thread.join()
+
+
+def test_a_run_leaves_no_model_and_no_threads_of_its_groups(tmp_path: Path) -> None:
+    threads = []
+    for name in ("first", "second", "third"):
+        train(toy.settings(tmp_path, name, steps=1))
+        threads.append(len(os.listdir("/proc/self/task")))
+    assert threads[2] <= threads[0] + 2
