@@ -163,5 +163,5 @@ def find_checkpoint(reference: str, runs: str = "runs") -> Path:
         )
     there = sorted(path.parent.parent.name for path in Path(runs).glob(f"*/{CHECKPOINTS}/{TRACKER_FILE}"))
     names = f"runs here: {', '.join(there)}" if there else f"there are no runs in '{runs}' here"
-    message = f"is neither a run nor a checkpoint folder{nearest(reference, there)}; {names}"
-    raise ConfigError(Problem(reference, message.replace("?;", "?")))
+    hint = nearest(reference, there) or ";"
+    raise ConfigError(Problem(reference, f"is neither a run nor a checkpoint folder{hint} {names}"))
