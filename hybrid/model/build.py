@@ -188,7 +188,7 @@ def build_model(
     position: Any = _POSITIONS[model.position_embedding]
     return HybridModel(
         config=config,
-        hybrid_stack_spec=stack_spec(model, kernels.of(settings)),
+        hybrid_stack_spec=stack_spec(settings, kernels.of(settings)),
         vocab_size=model.padded_vocab_size,
         max_sequence_length=settings.data.sequence_length,
         hybrid_layer_pattern=str(pattern),

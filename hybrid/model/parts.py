@@ -15,7 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hybrid.config import ModelConfig
+from hybrid.config import ModelConfig, Settings
 from hybrid.model.attention import SdpaAttention
 from hybrid.model.latent import CopiedLinear, TorchLatentAttention, TorchSparseAttention
 from hybrid.model.norms import TorchNorm
@@ -75,10 +75,14 @@ def torch_parts(model: ModelConfig) -> Parts:
     )
 
 
-def engine_parts(model: ModelConfig) -> Parts:
-    """The parts of Megatron's own `hybrid_stack_spec`."""
+def engine_parts(settings: Settings) -> Parts:
+    """The parts of Megatron's own `hybrid_stack_spec`.
+
+    Of transformer-engine's attentions only flash and cuDNN's share a sequence among ranks, and neither takes float32.
+    """
     from megatron.core.extensions import transformer_engine as te
 
+    shared_float32 = settings.parallel.context > 1 and settings.trainer.precision == "fp32"
     return Parts(
         stack=HybridStack,
         norm=te.TENorm,
@@ -88,8 +92,8 @@ def engine_parts(model: ModelConfig) -> Parts:
         row=te.TERowParallelLinear,
         copied=te.TELinear,
         down=te.TELinear,
-        attention=te.TEDotProductAttention,
+        attention=SdpaAttention if shared_float32 else te.TEDotProductAttention,
         latent=MLASelfAttention,
         sparse=AbsorbedMLASelfAttention,
-        mlp=get_moe_module_spec(use_te=True, num_experts=model.num_experts or 1, moe_grouped_gemm=True),
+        mlp=get_moe_module_spec(use_te=True, num_experts=settings.model.num_experts or 1, moe_grouped_gemm=True),
     )

@@ -37,7 +37,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from hybrid.config import ModelConfig
+from hybrid.config import ModelConfig, Settings
 from hybrid.model.delta import ReferenceGatedDeltaNet
 from hybrid.model.kernels import Choice
 from hybrid.model.mamba1 import Mamba1Mixer
@@ -52,9 +52,10 @@ _LATENT_NORMS = {
 }
 
 
-def stack_spec(model: ModelConfig, choice: Choice) -> ModuleSpec:
+def stack_spec(settings: Settings, choice: Choice) -> ModuleSpec:
     """The stack of layers of a `HybridModel`, from the parts and the mixer that were chosen."""
-    parts = engine_parts(model) if choice.transformer_engine else torch_parts(model)
+    model = settings.model
+    parts = engine_parts(settings) if choice.transformer_engine else torch_parts(model)
 
     def renamed(name: str, to: str) -> dict[str, str]:
         return {} if parts.input_norm is IdentityOp else {name: to}
