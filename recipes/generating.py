@@ -5,9 +5,14 @@ with open_generator("tiny") as model:
     print(model.generate("def ").text)
 """
 
+import logging
 import multiprocessing
+import multiprocessing.connection
+import os
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,8 +26,11 @@ from hybrid.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import Store
 
     from converters.checkpoint import Checkpoint
     from hybrid.generation.generator import Generator
@@ -254,9 +262,13 @@ def _lead(opening: Opening, checkpoint: "Checkpoint") -> "Runner":
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    for rank in range(1, opening.tensor_parallel):
-        context.Process(target=_follow, args=(opening, rank, port), daemon=True, name=f"rank {rank}").start()
-    return _joined(opening, checkpoint, 0, port)
+    others = [
+        context.Process(target=_follow, args=(opening, rank, port), daemon=True, name=f"rank {rank}")
+        for rank in range(1, opening.tensor_parallel)
+    ]
+    for process in others:
+        process.start()
+    return _joined(opening, checkpoint, 0, port, others)
 
 
 def _follow(opening: Opening, rank: int, port: int) -> None:
@@ -266,16 +278,28 @@ def _follow(opening: Opening, rank: int, port: int) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
+    threading.Thread(target=_end_with_parent, daemon=True, name="watch of rank 0").start()
     checkpoint = _checkpoint(opening)
     torch.set_num_threads(_threads(opening, checkpoint))
-    runner = _joined(opening, checkpoint, rank, port)
+    runner = _joined(opening, checkpoint, rank, port, [])
     try:
         runner.follow()
     except RuntimeError:  # rank 0 is gone
         return
 
 
-def _joined(opening: Opening, checkpoint: "Checkpoint", rank: int, port: int) -> "Runner":
+def _end_with_parent() -> None:
+    """End this process when rank 0 is gone, whatever it is waiting for: NCCL would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _joined(
+    opening: Opening, checkpoint: "Checkpoint", rank: int, port: int, others: "Sequence[BaseProcess]"
+) -> "Runner":
+    """The part of a rank; `others` are the processes of the ranks that this one, rank 0, leads."""
     import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import TCPStore
@@ -285,9 +309,50 @@ def _joined(opening: Opening, checkpoint: "Checkpoint", rank: int, port: int) ->
     size, cuda = opening.tensor_parallel, torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(rank)
-    store = TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=_MINUTES)
+    store = TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=_MINUTES, wait_for_workers=False)
+    _meet(store, "started", rank, others)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_FOREVER)
     control = dist.new_group(backend="gloo", timeout=_FOREVER)
     group = dist.group.WORLD
     assert group is not None and isinstance(control, dist.ProcessGroup)
-    return Runner(_weights(opening, checkpoint, rank, group), _room(opening), control)
+    weights = _weights(opening, checkpoint, rank, group)
+    _meet(store, "loaded", rank, others)
+    if cuda and others:
+        threading.Thread(target=_abort_without, args=(others,), daemon=True, name="watch of the ranks").start()
+    try:
+        return Runner(weights, _room(opening), control)
+    except RuntimeError as error:
+        for process in others:
+            if process.exitcode:
+                raise UserError(_ended(process, others)) from error
+        raise
+
+
+def _meet(store: "Store", where: str, rank: int, others: "Sequence[BaseProcess]") -> None:
+    """Say that a rank has come so far; rank 0 waits for the others, as long as they live."""
+    store.set(f"{where} {rank}", "")
+    for process in others:
+        while not store.check([f"{where} {process.name.removeprefix('rank ')}"]):
+            if not process.is_alive():
+                raise UserError(_ended(process, others))
+            time.sleep(0.02)
+
+
+def _ended(process: "BaseProcess", others: "Sequence[BaseProcess]") -> str:
+    said = f"has ended (exit code {process.exitcode}) before the model was loaded"
+    return f"{process.name} of {len(others) + 1} {said}; what it said stands above"
+
+
+def _abort_without(others: "Sequence[BaseProcess]") -> None:
+    """When another rank dies, break off what rank 0 would wait for: unlike gloo, NCCL does not see it."""
+    from hybrid.generation.runner import break_off
+
+    running = {process.sentinel: process for process in others}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            process = running.pop(sentinel)  # type: ignore[call-overload]
+            process.join()
+            if process.exitcode:
+                logging.getLogger(__name__).error("%s has ended (exit code %s)", process.name, process.exitcode)
+                break_off()
+                return

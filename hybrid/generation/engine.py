@@ -95,6 +95,7 @@ class Engine:
         self.ahead = runner.asynchronous
         self._threads = threads
         self._launched: _Launched | None = None
+        self._unfinished: set[Job] = set()  # wherever they are
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
         self._decoding: list[Job] = []
@@ -159,6 +160,7 @@ class Engine:
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(jobs)
+            self._unfinished.update(jobs)
             self._changed.notify()
 
     def cancel(self, *jobs: Job) -> None:
@@ -203,8 +205,9 @@ class Engine:
             logging.getLogger(__name__).error("the model failed while it was computing", exc_info=error)
             with self._changed:
                 self.failure = error
-            for job in [*self._decoding, *self._reading, *self._waiting]:
-                job.on_end("error")
+            self.runner.fail()
+            for job in list(self._unfinished):
+                self._finish(job, "error")
             self._decoding, self._reading, self._launched = [], deque(), None
             self._waiting.clear()
 
@@ -223,7 +226,7 @@ class Engine:
             for job in gone:
                 self._waiting.remove(job)
         for job in gone:
-            job.on_end("cancelled")
+            self._finish(job, "cancelled")
         for job in [job for job in self._reading if job.cancelled]:
             self._reading.remove(job)
             self._end_reading(job, "cancelled")
@@ -297,6 +300,10 @@ class Engine:
 
     def _end_reading(self, job: Job, reason: Reason) -> None:
         self._free.append(job.slot)
+        self._finish(job, reason)
+
+    def _finish(self, job: Job, reason: Reason) -> None:
+        self._unfinished.discard(job)
         job.on_end(reason)
 
     def _decode(self) -> None:
@@ -371,4 +378,4 @@ class Engine:
             self.runner.copy(last, slot)
             self._decoding[slot] = self._decoding[last]
         self._decoding.pop()
-        job.on_end(reason)
+        self._finish(job, reason)

@@ -10,6 +10,7 @@ attention goes row by row. On CUDA, products choose their kernel by the batch; `
 slots there, and reads prompts one by one.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from hybrid.generation.weights import Experts, Weights
 
 _GRAPH_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PREFILL_BATCHES = (1, 2, 4, 8)
+_breaking_off = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,18 @@ class Room:
     batch_invariant: bool = False
     ssm_dtype: torch.dtype | None = None  # of the SSM states; None: the model's
     graphs: bool = True  # on CUDA: decode in graphs
+
+
+def break_off() -> None:
+    """End all groups of this process, and with an error what waits for other ranks in them. Any thread may call it."""
+    if not _breaking_off.acquire(blocking=False):
+        return  # another thread is at it
+    try:
+        if dist.is_initialized():
+            nccl = dist.get_backend() == "nccl"
+            dist.distributed_c10d._abort_process_group() if nccl else dist.destroy_process_group()
+    finally:
+        _breaking_off.release()
 
 
 class Runner:
@@ -147,7 +161,17 @@ class Runner:
     def stop(self) -> None:
         """Let the other ranks go, and leave their group."""
         self._tell("stop")
-        if self._leads:
+        self._leave()
+
+    def fail(self) -> None:
+        """Leave the group without the other ranks, which may be gone."""
+        if self._control is not None:
+            self._graphs = self._prefill_graphs = None
+            break_off()
+
+    def _leave(self) -> None:
+        if self._control is not None:
+            self._graphs = self._prefill_graphs = None  # NCCL waits until none holds its operations
             dist.destroy_process_group()
 
     def follow(self) -> None:
@@ -157,6 +181,7 @@ class Runner:
             dist.broadcast_object_list(told, src=0, group=self._control)
             name, arguments = told[0]
             if name == "stop":
+                self._leave()
                 return
             getattr(self, name)(*arguments)
 

@@ -1,5 +1,6 @@
 """Generation on the GPU: graphs, kernels and two GPUs give the tokens of plain PyTorch in float32."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ import pytest
 import torch
 
 from hybrid.data.tokenizer import ByteTokenizer
+from hybrid.errors import UserError
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
+from recipes import open_generator
 from tests.hybrid.generation.toys import make_weights
 from tests.recipes.test_generating import checkpoint, greedy
 from tests.toy import MODEL
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
 # Attention in the midst, so that what is read wrongly there is carried on.
 MIXED = replace(MODEL, layer_pattern="M*-M*M-")
 PROMPTS = ["a", "def ", "class Reader:\n", "x" * 37, "import os, sys\n", "q" * 70]
@@ -55,7 +59,21 @@ def test_a_text_does_not_depend_on_its_batch_where_that_is_asked_for() -> None:
     assert together == alone
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+@two_gpus
 def test_two_gpus_give_the_text_of_one(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "hybrid")
     assert greedy(path, tensor_parallel=2, dtype="float32") == greedy(path, dtype="float32")
+
+
+@two_gpus
+def test_the_engine_fails_when_the_rank_of_another_gpu_dies(tmp_path: Path) -> None:
+    """NCCL would wait for it for ever."""
+    path = checkpoint(tmp_path, "hybrid")
+    options: dict[str, Any] = {"tokenizer": "byte", "slots": 4, "max_length": 4096, "prefill_chunk": 16}
+    with open_generator(path, tensor_parallel=2, **options) as model:
+        text = model.stream("def ", max_tokens=4000, ignore_end=True)
+        next(text)
+        (rank,) = multiprocessing.active_children()
+        rank.kill()
+        with pytest.raises(UserError, match="failed"):
+            list(text)

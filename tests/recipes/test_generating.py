@@ -1,9 +1,13 @@
 """Checkpoints of several formats, opened to generate; and one model shared by two processes."""
 
+import multiprocessing
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -35,6 +39,47 @@ def greedy(path: Any, **options: Any) -> list[int]:
 def test_two_processes_give_the_text_of_one(tmp_path: Path, kind: str) -> None:
     path = checkpoint(tmp_path, kind)
     assert greedy(path, tensor_parallel=2) == greedy(path)
+
+
+def _dies(*_: Any) -> None:
+    sys.exit(3)
+
+
+def test_a_rank_that_cannot_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoint(tmp_path, "hybrid")
+    monkeypatch.setattr(generating, "_follow", _dies)
+    with pytest.raises(UserError, match=r"^rank 1 of 2 has ended \(exit code 3\) before the model was loaded"):
+        open_generator(path, tokenizer="byte", tensor_parallel=2)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_the_engine_fails_when_a_rank_dies(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "hybrid")
+    with open_generator(path, tokenizer="byte", slots=4, max_length=4096, tensor_parallel=2) as model:
+        text = model.stream("def ", max_tokens=4000, ignore_end=True)
+        next(text)
+        (rank,) = multiprocessing.active_children()
+        rank.kill()
+        with pytest.raises(UserError, match="failed"):
+            list(text)
+        assert model.engine.failure is not None
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_no_rank_outlives_the_first(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "hybrid")
+    opened = f"open_generator({str(path)!r}, tokenizer='byte', slots=4, max_length=64, tensor_parallel=2)"
+    script = f"import time; from recipes import open_generator; m = {opened}; print(1, flush=True); time.sleep(600)"
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert first.stdout is not None and first.stdout.readline() == b"1\n"
+    others = psutil.Process(first.pid).children(recursive=True)
+    assert others
+    first.kill()
+    first.wait()
+    _, alive = psutil.wait_procs(others, timeout=30)
+    assert not alive
 
 
 def test_every_format_gives_the_same_text(tmp_path: Path) -> None:

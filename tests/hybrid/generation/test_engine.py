@@ -152,13 +152,14 @@ def test_a_full_queue_and_a_closed_engine_refuse(hybrid_model: Toy) -> None:
         model.start([1], sampling, ignored)
 
 
-def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy) -> None:
+@pytest.mark.parametrize("where", ["read", "copy", "step"])
+def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     runner = hybrid_model.runner()
 
-    def broken(tokens: list[int]) -> torch.Tensor:
+    def broken(*_: Any) -> torch.Tensor:
         raise RuntimeError("no memory")
 
-    runner.step = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(runner, where, broken)
     model = Generator(runner, ByteTokenizer(), "toy")
     with pytest.raises(Exception, match="failed"):
         model.generate("a", ignore_end=True, max_tokens=3)
