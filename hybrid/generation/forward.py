@@ -7,6 +7,8 @@ Shapes: B sequences, L positions of a piece, V vocabulary (padded), h hidden, d 
 G groups, N state, Q query and K key-value heads, E head width of attention.
 """
 
+from types import EllipsisType
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from hybrid.generation.weights import (
     Experts,
     Latent,
     Layer,
+    Linear,
     Mamba1,
     Mamba2,
     Mlp,
@@ -74,7 +77,8 @@ def prefill_padded(
     tokens (B, L), of which the first `lengths` (B) count, at least one, go into `rows` (B) that have seen `starts` (B).
     The padding after them changes nothing: a state stays as it is where the time step is 0. All of it is on the device,
     and nothing depends on it but values, so that this can be a graph. Lengths of the slots are left to the caller.
-    Returns logits (B, V) of the last position that counts.
+    Returns logits (B, V) of the last position that counts; from the last layer that mixes positions on, only it is
+    computed.
     """
     offsets = torch.arange(tokens.shape[1], device=tokens.device)
     positions = (starts.unsqueeze(1) + offsets).clamp(max=slots.max_length - 1)
@@ -82,13 +86,18 @@ def prefill_padded(
     kept = torch.minimum(offsets, lengths.unsqueeze(1) - 1)
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
+    ends = (torch.arange(len(rows), device=rows.device), lengths - 1)
+    last_mixer = max((i for i, layer in enumerate(weights.layers) if isinstance(layer, Mamba2 | Attention)), default=-1)
+    if last_mixer < 0:
+        hidden = hidden[ends]
     norms = [*map(layer_norm, weights.layers), weights.final_norm]
     normed = norms[0](hidden)
-    for layer, state, norm in zip(weights.layers, slots.layers, norms[1:], strict=True):
+    for i, (layer, state, norm) in enumerate(zip(weights.layers, slots.layers, norms[1:], strict=True)):
+        only = ends if i == last_mixer else ...
         match layer, state:
             case Mamba2(), MambaState():
                 before = (ops.taken(state.conv, rows, starts), ops.taken(state.ssm, rows, starts))
-                mixed, conv, ssm = _mamba2(layer, normed, before, counts, lengths)
+                mixed, conv, ssm = _mamba2(layer, normed, before, counts, lengths, only)
                 ops.put(conv, state.conv, rows)
                 ops.put(ssm, state.ssm, rows)
             case Attention(), AttentionState():
@@ -98,11 +107,11 @@ def prefill_padded(
                 target = (starts.unsqueeze(1) + kept).clamp(max=slots.max_length - 1)
                 state.key[rows.unsqueeze(1), :, target] = key.gather(1, source)
                 state.value[rows.unsqueeze(1), :, target] = value.gather(1, source)
-                mixed = layer.out(ops.attend_piece(query, state.key, state.value, rows, starts).flatten(2))
+                mixed = layer.out(ops.attend_piece(query, state.key, state.value, rows, starts).flatten(2)[only])
             case _:
-                mixed = _mlp_or_experts(layer, normed.flatten(0, 1)).view_as(hidden)
-        hidden, normed = ops.add_norm(hidden, _summed(weights, layer, mixed), norm)
-    return logits(weights, normed[torch.arange(len(rows), device=rows.device), lengths - 1])
+                mixed = _mlp_or_experts(layer, normed.flatten(0, -2)).view_as(normed)
+        hidden, normed = ops.add_norm(hidden[only], _summed(weights, layer, mixed), norm)
+    return logits(weights, normed)
 
 
 @torch.inference_mode()
@@ -203,13 +212,19 @@ def _mamba2(
     before: tuple[Tensor | None, Tensor | None],
     counts: Tensor | None = None,
     lengths: Tensor | None = None,
+    only: tuple[Tensor, Tensor] | EllipsisType = ...,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """normed (B, L, h) to (B, L, h), and the states of convolution and recurrence after it, from those `before`.
 
-    Of each row the first `lengths` (B) positions count, those where `counts` (B, L) is true; None: all.
+    Of each row the first `lengths` (B) positions count, those where `counts` (B, L) is true; None: all. `only` is an
+    index of (B, L) that says which positions are given out.
     """
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
-    z, xBC, dt = layer.in_proj(normed).split([inner, channels, heads], dim=-1)
+    if only is ...:
+        z, xBC, dt = layer.in_proj(normed).split([inner, channels, heads], dim=-1)
+    else:
+        z = Linear(layer.in_proj.weight[:inner])(normed[only])
+        xBC, dt = Linear(layer.in_proj.weight[inner:])(normed).split([channels, heads], dim=-1)
     if counts is not None:
         dt = dt.masked_fill(~counts.unsqueeze(-1), _NO_TIME)
     xBC, conv = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0], lengths)
@@ -217,10 +232,12 @@ def _mamba2(
     B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
     x = x.unflatten(-1, (heads, layer.head_dim))
     y, ssm = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
+    y = y.flatten(2)[only]
     # Normed as rows of their own, as one position is.
-    y, z = y.reshape(-1, inner), z.reshape(-1, inner)
-    gated = ops.gated_norm(y, z, layer.gate_norm, layer.groups, GATED_NORM_EPSILON)
-    return layer.out_proj(gated).view_as(normed), conv, ssm
+    gated = ops.gated_norm(
+        y.reshape(-1, inner), z.reshape(-1, inner), layer.gate_norm, layer.groups, GATED_NORM_EPSILON
+    )
+    return layer.out_proj(gated).view(*y.shape[:-1], -1), conv, ssm
 
 
 def _mamba2_step(layer: Mamba2, normed: Tensor, state: MambaState, count: int) -> Tensor:
