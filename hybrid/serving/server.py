@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 import uvicorn
 
@@ -13,6 +14,7 @@ from hybrid.generation.generator import Generator
 from hybrid.serving.app import create_app
 from hybrid.serving.limits import Limits
 
+SAME_SECONDS = 0.5  # between two signals of one reason
 _BACKLOG = 2048
 _SECONDS_TO_READ = 5  # what a client has to take the rest of its text, once all are made
 
@@ -33,7 +35,8 @@ def listen(host: str, port: int) -> socket.socket:
 def run(model: Generator, listening: socket.socket, limits: Limits, drain_seconds: int) -> None:
     """Serve until SIGTERM or SIGINT: then take nothing new, finish what is being made, and close the model.
 
-    While texts are finished, others are refused with 503. A second signal ends the process at once.
+    While texts are finished, others are refused with 503. A second signal ends the process at once, unless it comes so
+    soon that a launcher has passed the first one on to a process that had it already.
     """
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -45,7 +48,7 @@ def run(model: Generator, listening: socket.socket, limits: Limits, drain_second
         backlog=_BACKLOG,
     )
     server = uvicorn.Server(config)
-    ending = False
+    ending = 0.0  # since when
 
     def drain() -> None:
         model.close(drain_seconds)
@@ -53,12 +56,14 @@ def run(model: Generator, listening: socket.socket, limits: Limits, drain_second
 
     def end(number: int, _: object) -> None:
         nonlocal ending
+        if ending and time.monotonic() - ending < SAME_SECONDS:
+            return
         if ending:
             for rank in multiprocessing.active_children():
                 rank.terminate()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        ending = True
+        ending = time.monotonic()
         texts = model.engine.running + model.engine.waiting
         if texts:
             print(f"finishing {texts} texts within {drain_seconds} s; once more ends at once", file=sys.stderr)

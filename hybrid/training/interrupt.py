@@ -2,13 +2,16 @@
 
 Ctrl-C (SIGINT), SIGTERM (kill, Slurm at the end of a job or before preemption) and SIGUSR1 (Slurm's warning before
 the time limit, see `recipes/executors.py`). Ctrl-C after any of them stops the run at once. The other two may come
-several times for one reason, from Slurm and from torchrun.
+several times for one reason, from Slurm and from torchrun; and so may Ctrl-C, at nearly the same time, from a terminal
+and from a launcher that passes it on (`timeout`, `uv run`).
 """
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+SAME_SECONDS = 0.5  # between two Ctrl-Cs of one reason; a person who wants to end a run at once tries again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -17,6 +20,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.wanted = False
+        self._since = 0.0
         self._signal = signal.SIGINT
         self._before: dict[signal.Signals, Any] = {}
 
@@ -30,11 +34,11 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.wanted and number == signal.SIGINT:
+        if self.wanted and number == signal.SIGINT and time.monotonic() - self._since > SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self.wanted:
-            self._signal = signal.Signals(number)
+            self._signal, self._since = signal.Signals(number), time.monotonic()
         self.wanted = True
 
     def exit(self) -> SystemExit:

@@ -12,10 +12,11 @@ import httpx
 import pytest
 import torch
 
+from hybrid.serving.server import SAME_SECONDS
 from tests import toy
 from tests.converters.conftest import random_weights, save_legacy, small_model
 
-LONG = {"prompt": "def ", "max_tokens": 1500, "ignore_eos": True, "stream": True, "seed": 1}
+LONG = {"prompt": "def ", "max_tokens": 3000, "ignore_eos": True, "stream": True, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,9 @@ def test_a_second_sigterm_ends_it_at_once(server: tuple[subprocess.Popen[str], s
     ((thread, lines),) = _begun(url, 1)
     process.send_signal(signal.SIGTERM)
     _wait(url, "health", lambda answer: answer.status_code != 200)
+    process.send_signal(signal.SIGTERM)  # as a launcher passes it on
+    time.sleep(SAME_SECONDS)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == -signal.SIGTERM
     thread.join()
