@@ -33,7 +33,7 @@ def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
     Raises ConfigError with everything that is wrong, by line.
     """
     try:
-        lines = (sys.stdin.read() if str(path) == "-" else path.read_text()).splitlines()
+        lines = (sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(Problem("--batch", f"'{path}' cannot be read: {error}")) from None
     requests, problems = [], []
@@ -54,7 +54,7 @@ def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
 def _request(line: str, settings: Mapping[str, Any]) -> Request:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(Problem("", f"is no JSON: {error}")) from None
     if not isinstance(values, dict):
         raise ConfigError(Problem("", 'is no object such as {"prompt": "def "}'))
@@ -136,7 +136,7 @@ def _writing(output: Path | None) -> Any:
     part = output.with_name(f".{output.name}.part")
     try:
         file: TextIO
-        with part.open("w") as file:
+        with part.open("w", encoding="utf-8") as file:
             yield file
         os.replace(part, output)
     except OSError as error:
