@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid import atomic
 from hybrid.errors import UserError
+from hybrid.training import provenance
 from hybrid.training.folder import writable
 from recipes import worker
 from recipes.files import to_yaml
@@ -29,7 +30,7 @@ def stage(folder: Path, recipes: "list[fdl.Partial[Any]]") -> None:
         for number, recipe in enumerate(recipes, start=1):
             name = RECIPE_FILE if len(recipes) == 1 else f"recipe-{number}.yaml"
             (folder / name).write_text(to_yaml(recipe))
-        (folder / worker.VERSIONS_FILE).write_text(json.dumps(worker.versions(), indent=1) + "\n")
+        (folder / worker.VERSIONS_FILE).write_text(json.dumps(provenance.versions(), indent=1) + "\n")
         for package in PACKAGES:
             shutil.copytree(root / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:

@@ -5,16 +5,14 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
-from platform import python_version
 
 from hybrid.errors import UserError
+from hybrid.training import provenance
 from recipes import weights
 from recipes.files import read_recipe
 
 VERSIONS_FILE = "versions.json"  # beside the recipe: what the machine had that the recipe was sent from
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "mamba-ssm", "causal-conv1d", "fiddle")
 
 
 def main(path: Path) -> int:
@@ -34,25 +32,15 @@ def main(path: Path) -> int:
     return 0
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of what a run's results may depend on; 'none' for a package that is not there."""
-    found = {"python": python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
-
-
 def differing_versions(path: Path) -> Iterator[str]:
     """Say what has another version here than where the recipe was sent from, one line each."""
     if not path.is_file():
         return
-    here = versions()
-    for name, sent in json.loads(path.read_text()).items():
-        if here.get(name) != sent:
-            yield f"{name} is {here.get(name)} here, and {sent} where this run was sent from"
+    sent, here = json.loads(path.read_text()), provenance.versions()
+    for name in dict.fromkeys([*sent, *here]):
+        there, own = sent.get(name, "none"), here.get(name, "none")
+        if there != own:
+            yield f"{name} is {own} here, and {there} where this run was sent from"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ _VARIABLES = ("CUDA_", "NCCL_", "GLOO_", "NVTE_", "OMP_", "PYTORCH_", "TORCH_", 
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what wrote a checkpoint."""
+    """Versions of what wrote a checkpoint, or of where a run is sent from: those of packages that are there."""
     found: dict[str, Any] = {"format": FORMAT, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

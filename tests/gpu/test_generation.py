@@ -73,7 +73,7 @@ def test_the_engine_fails_when_the_rank_of_another_gpu_dies(tmp_path: Path) -> N
     with open_generator(path, tensor_parallel=2, **options) as model:
         text = model.stream("def ", max_tokens=4000, ignore_end=True)
         next(text)
-        (rank,) = multiprocessing.active_children()
+        (rank,) = (process for process in multiprocessing.active_children() if process.name == "rank 1")
         rank.kill()
         with pytest.raises(UserError, match="failed"):
             list(text)

@@ -59,7 +59,7 @@ def test_the_engine_fails_when_a_rank_dies(tmp_path: Path) -> None:
     with open_generator(path, tokenizer="byte", slots=4, max_length=4096, tensor_parallel=2) as model:
         text = model.stream("def ", max_tokens=4000, ignore_end=True)
         next(text)
-        (rank,) = multiprocessing.active_children()
+        (rank,) = (process for process in multiprocessing.active_children() if process.name == "rank 1")
         rank.kill()
         with pytest.raises(UserError, match="failed"):
             list(text)

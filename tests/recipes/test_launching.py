@@ -283,12 +283,14 @@ class TestSweeps:
 
 
 def test_versions_that_differ_from_where_it_was_sent_are_named(tmp_path: Path) -> None:
+    from hybrid.training import provenance
     from recipes import worker
 
+    here = provenance.versions()
     path = tmp_path / worker.VERSIONS_FILE
-    path.write_text(json.dumps(worker.versions() | {"torch": "1.0", "mamba-ssm": "9"}))
+    path.write_text(json.dumps({**here, "torch": "1.0", "mamba-ssm": "9"}))
     assert list(worker.differing_versions(path)) == [
-        f"torch is {worker.versions()['torch']} here, and 1.0 where this run was sent from",
+        f"torch is {here['torch']} here, and 1.0 where this run was sent from",
         "mamba-ssm is none here, and 9 where this run was sent from",
     ]
 
