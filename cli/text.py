@@ -140,7 +140,8 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         try:
             return prompt_file.read_text()
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(Problem("--prompt-file", f"'{prompt_file}' cannot be read: {error}")) from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(Problem("--prompt-file", f"'{prompt_file}' cannot be read: {reason}")) from None
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         return sys.stdin.read()
     if prompt is None:

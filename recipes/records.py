@@ -51,7 +51,10 @@ def write(record: Record, folder: Path) -> None:
 
 
 def read(folder: Path) -> Record | None:
-    """The newest start of the run in a folder of this machine; None if there was none, or it is not to be read."""
+    """The newest start of the run in a folder of this machine; None if there was none, or it is not to be read.
+
+    A folder that was moved or copied since is asked where it is now.
+    """
     try:
         values = json.loads((folder / FILE_NAME).read_text())
         record = Record(**values)
@@ -59,6 +62,10 @@ def read(folder: Path) -> Record | None:
         return None
     if record.process:
         record.process = (record.process[0], record.process[1])
+    now = os.path.abspath(folder)
+    there = record.ssh or (record.kind != "local" and Path(record.run).is_dir())
+    if now != os.path.abspath(record.run) and not there:
+        record.run, record.name = now, Path(now).name
     return record
 
 

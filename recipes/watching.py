@@ -192,7 +192,9 @@ def process_start(pid: int) -> int:
 def _question(record: Record) -> str:
     """The script that tells how a run stands: sections, each after a line with @ and its name."""
     lines = [
-        "echo @metrics; tail -c 20000 metrics.jsonl 2>/dev/null; echo",
+        # The newest validation may be far before the end.
+        "echo @metrics; grep -a bits_per_byte metrics.jsonl 2>/dev/null | tail -n 20; tail -c 20000 metrics.jsonl "
+        "2>/dev/null; echo",
         f"echo @settings; cat {settings_file.FILE_NAME} 2>/dev/null; echo",
     ]
     if record.kind == "slurm":
@@ -382,8 +384,10 @@ def _unrecorded(folder: Path) -> State:
     """A run that was not started through `launch`: what its files say."""
     metrics = folder / run_folder.METRICS_FILE
     settings = folder / settings_file.FILE_NAME
+    recorded = metrics.read_text() if metrics.is_file() else ""
+    validations = [line for line in recorded.splitlines() if "bits_per_byte" in line][-20:]
     answer = {
-        "metrics": metrics.read_text()[-20000:] if metrics.is_file() else "",
+        "metrics": "\n".join([*validations, recorded[-20000:]]),
         "settings": settings.read_text() if settings.is_file() else "",
     }
     return State(folder.name, "", "unknown", "it is not known how it was started", [], *_progress(answer))

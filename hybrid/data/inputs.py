@@ -322,5 +322,6 @@ def _library(name: str) -> Any:
     except ImportError as error:
         package = name.partition(".")[0]
         raise UserError(
-            f"reading such a file needs the package {package}: `uv sync --extra data` in the project's folder brings it"
+            f"reading such a file needs the package {package}: `uv sync --inexact --extra data` in the project's "
+            "folder brings it"
         ) from error

@@ -190,7 +190,7 @@ def load_tokenizer(spec: str, place: str = "data.tokenizer") -> Tokenizer:
 
         return tokenizer_files.KINDS[kind](spec, file, **options)
     except ImportError as error:
-        brings = "`uv sync --extra data` in the project's folder brings it"
+        brings = "`uv sync --inexact --extra data` in the project's folder brings it"
         raise UserError(f"the tokenizer '{spec}' needs the package {error.name}: {brings}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

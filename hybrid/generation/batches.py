@@ -35,7 +35,8 @@ def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
     try:
         lines = (sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem("--batch", f"'{path}' cannot be read: {error}")) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(Problem("--batch", f"'{path}' cannot be read: {reason}")) from None
     requests, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -1,5 +1,6 @@
 """Listening, and ending well."""
 
+import errno
 import multiprocessing
 import signal
 import socket
@@ -28,7 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another {other}") from error
     return listening
 
 

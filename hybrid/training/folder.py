@@ -158,10 +158,11 @@ def find_checkpoint(reference: str, runs: str = "runs") -> Path:
             return base
         _own(base, reference)
     if (Path(reference) / SETTINGS_FILE).is_file() or (Path(runs) / reference / SETTINGS_FILE).is_file():
-        raise ConfigError(
-            Problem(reference, "this run has no finished checkpoint yet; run the same `hybrid pretrain` again to go on")
-        )
-    there = sorted(path.parent.parent.name for path in Path(runs).glob(f"*/{CHECKPOINTS}/{TRACKER_FILE}"))
+        first = "the first comes after checkpoint.save_interval steps, or when it is interrupted"
+        again = "if it does not run any more, the same `hybrid pretrain` goes on"
+        raise ConfigError(Problem(reference, f"this run has no finished checkpoint yet; {first}; {again}"))
+    begun = {path.parent.name for path in Path(runs).glob(f"*/{SETTINGS_FILE}")}
+    there = sorted(begun | {path.parent.parent.name for path in Path(runs).glob(f"*/{CHECKPOINTS}/{TRACKER_FILE}")})
     names = f"runs here: {', '.join(there)}" if there else f"there are no runs in '{runs}' here"
     hint = nearest(reference, there) or ";"
     raise ConfigError(Problem(reference, f"is neither a run nor a checkpoint folder{hint} {names}"))

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,30 @@ class TestRunsOnThisMachine:
         record.process = (os.getpid(), 1)
         records.write(record, run)
         assert watching.state(run).status == "failed"
+
+    def test_a_run_that_was_moved_or_copied_is_where_it_is_now(self, here: Path) -> None:
+        run = self.start(here, "print('hello')")
+        self.ended(run)
+        copied = shutil.copytree(run, here / "elsewhere" / "copy")
+        (copied / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5}\n')
+        shutil.move(run, here / "elsewhere" / "toy")
+        for folder in (copied, here / "elsewhere" / "toy"):
+            state = watching.state(folder)
+            assert (state.name, state.status, watching.log(folder)) == (folder.name, "finished", "hello\n")
+        assert watching.state(copied).step == 3
+
+    def test_the_newest_validation_is_found_however_long_ago_it_was(self, here: Path) -> None:
+        run = self.start(here, "pass")
+        self.ended(run)
+        lines = [{"step": step, "loss": 3.0, "tokens_per_second": 1000.0} for step in range(1, 2001)]
+        lines.insert(250, {"step": 250, "validation_loss": 1.6, "validation_bits_per_byte": 2.3})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        recorded = watching.state(run)
+        (run / records.FILE_NAME).unlink()
+        (run / "settings.json").write_text("{}")
+        for state in (recorded, watching.state(run)):
+            assert (state.step, state.loss, state.validation) == (2000, 3.0, {"validation": 1.6})
+            assert state.bits_per_byte == {"validation": 2.3}
 
     def test_an_exit_code_that_is_being_written_is_none_yet(self, here: Path) -> None:
         run = self.start(here, "pass")
