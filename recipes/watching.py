@@ -382,12 +382,6 @@ def _last_lines(log: str) -> list[str]:
 
 def _unrecorded(folder: Path) -> State:
     """A run that was not started through `launch`: what its files say."""
-    metrics = folder / run_folder.METRICS_FILE
-    settings = folder / settings_file.FILE_NAME
-    recorded = metrics.read_text() if metrics.is_file() else ""
-    validations = [line for line in recorded.splitlines() if "bits_per_byte" in line][-20:]
-    answer = {
-        "metrics": "\n".join([*validations, recorded[-20000:]]),
-        "settings": settings.read_text() if settings.is_file() else "",
-    }
+    record = Record(kind="local", name=folder.name, run=os.path.abspath(folder))
+    answer = _sections(records.ask(record, _question(record)))
     return State(folder.name, "", "unknown", "it is not known how it was started", [], *_progress(answer))

@@ -205,11 +205,11 @@ class Engine:
             logging.getLogger(__name__).error("the model failed while it was computing", exc_info=error)
             with self._changed:
                 self.failure = error
-            self.runner.fail()
             for job in list(self._unfinished):
                 self._finish(job, "error")
             self._decoding, self._reading, self._launched = [], deque(), None
             self._waiting.clear()
+            self.runner.fail()
 
     def _wait(self) -> bool:
         """Wait until there is something to do; False if that will not come."""

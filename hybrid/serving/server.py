@@ -14,8 +14,8 @@ from hybrid.errors import UserError
 from hybrid.generation.generator import Generator
 from hybrid.serving.app import create_app
 from hybrid.serving.limits import Limits
+from hybrid.training.interrupt import SAME_SECONDS
 
-SAME_SECONDS = 0.5  # between two signals of one reason
 _BACKLOG = 2048
 _SECONDS_TO_READ = 5  # what a client has to take the rest of its text, once all are made
 

@@ -11,7 +11,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SAME_SECONDS = 0.5  # between two Ctrl-Cs of one reason; a person who wants to end a run at once tries again
+SAME_SECONDS = 0.5  # between two signals of one reason; a person who wants to end a run at once tries again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -1,6 +1,5 @@
 """Generation on the GPU: graphs, kernels and two GPUs give the tokens of plain PyTorch in float32."""
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import pytest
 import torch
 
 from hybrid.data.tokenizer import ByteTokenizer
-from hybrid.errors import UserError
 from hybrid.generation.generator import Generator
 from hybrid.generation.runner import Room, Runner
-from recipes import open_generator
 from tests.hybrid.generation.toys import make_weights
-from tests.recipes.test_generating import checkpoint, greedy
+from tests.recipes.test_generating import checkpoint, fails_without_the_other_rank, greedy
 from tests.toy import MODEL
 
 pytestmark = pytest.mark.gpu
@@ -68,13 +65,4 @@ def test_two_gpus_give_the_text_of_one(tmp_path: Path) -> None:
 @two_gpus
 def test_the_engine_fails_when_the_rank_of_another_gpu_dies(tmp_path: Path) -> None:
     """NCCL would wait for it for ever."""
-    path = checkpoint(tmp_path, "hybrid")
-    options: dict[str, Any] = {"tokenizer": "byte", "slots": 4, "max_length": 4096, "prefill_chunk": 16}
-    before = set(multiprocessing.active_children())  # those of the test before may still be ending
-    with open_generator(path, tensor_parallel=2, **options) as model:
-        text = model.stream("def ", max_tokens=4000, ignore_end=True)
-        next(text)
-        (rank,) = set(multiprocessing.active_children()) - before
-        rank.kill()
-        with pytest.raises(UserError, match="failed"):
-            list(text)
+    fails_without_the_other_rank(checkpoint(tmp_path, "hybrid"))

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 
-from hybrid.serving.server import SAME_SECONDS
+from hybrid.training.interrupt import SAME_SECONDS
 from tests import toy
 from tests.converters.conftest import random_weights, save_legacy, small_model
 
