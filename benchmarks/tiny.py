@@ -41,7 +41,7 @@ def main() -> None:
         held_out = _held_out_bytes(Path(folder) / "cache")
     steps = [line for line in lines if "loss" in line]
     validations = [line for line in lines if "validation_bits_per_byte" in line]
-    seconds = _clock(log, "step 1/", "done:")
+    seconds = _clock(log, "run folder", "done:")
     deflated = len(zlib.compress(held_out, 9)) * 8 / len(held_out)
     print(f"\n{date.today()}, {os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, ", end="")
     print(f"torch {version('torch')}, megatron-core {version('megatron-core')}")

@@ -30,8 +30,6 @@ from hybrid.generation.weights import (
     Weights,
 )
 
-_NO_TIME = -1e4  # before softplus, which makes 0 of it
-
 
 @torch.inference_mode()
 def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> Tensor:
@@ -45,13 +43,14 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
     batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else to_device(rows, torch.int64, tokens.device)
+    told, starts, lengths = to_device(
+        [rows, [start] * len(rows), [length] * len(rows)], torch.int64, tokens.device
+    ).unbind()
     for layer, state in zip(weights.layers, slots.layers, strict=True):
         normed = layer_norm(layer)(hidden)
         match layer, state:
             case Mamba2(), MambaState():
-                before = (state.conv[batch], state.ssm[batch]) if start else (None, None)
-                mixed, *after = _mamba2(layer, normed, before)
-                state.keep(batch, *after)
+                mixed = _mamba2(layer, normed, state, told, starts, lengths)
             case Mamba1(), MambaState():
                 mixed = _mamba1(weights, layer, normed, state, batch, start)
             case Attention() | Latent(), AttentionState():
@@ -82,7 +81,6 @@ def prefill_padded(
     """
     offsets = torch.arange(tokens.shape[1], device=tokens.device)
     positions = (starts.unsqueeze(1) + offsets).clamp(max=slots.max_length - 1)
-    counts = offsets < lengths.unsqueeze(1)
     kept = torch.minimum(offsets, lengths.unsqueeze(1) - 1)
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
@@ -96,10 +94,7 @@ def prefill_padded(
         only = ends if i == last_mixer else ...
         match layer, state:
             case Mamba2(), MambaState():
-                before = (ops.taken(state.conv, rows, starts), ops.taken(state.ssm, rows, starts))
-                mixed, conv, ssm = _mamba2(layer, normed, before, counts, lengths, only)
-                ops.put(conv, state.conv, rows)
-                ops.put(ssm, state.ssm, rows)
+                mixed = _mamba2(layer, normed, state, rows, starts, lengths, only)
             case Attention(), AttentionState():
                 query, key, value = _heads(layer, normed, rotary)
                 # What is past the end becomes the last position once more.
@@ -209,15 +204,16 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
 def _mamba2(
     layer: Mamba2,
     normed: Tensor,
-    before: tuple[Tensor | None, Tensor | None],
-    counts: Tensor | None = None,
-    lengths: Tensor | None = None,
+    state: MambaState,
+    rows: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
     only: tuple[Tensor, Tensor] | EllipsisType = ...,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """normed (B, L, h) to (B, L, h), and the states of convolution and recurrence after it, from those `before`.
+) -> Tensor:
+    """normed (B, L, h) to (B, L, h), and the state's `rows` (B), which have seen `starts` (B), to what they are then.
 
-    Of each row the first `lengths` (B) positions count, those where `counts` (B, L) is true; None: all. `only` is an
-    index of (B, L) that says which positions are given out.
+    Of each row the first `lengths` (B) positions count. `only` is an index of (B, L) that says which positions are
+    given out.
     """
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
     if only is ...:
@@ -225,19 +221,19 @@ def _mamba2(
     else:
         z = Linear(layer.in_proj.weight[:inner])(normed[only])
         xBC, dt = Linear(layer.in_proj.weight[inner:])(normed).split([channels, heads], dim=-1)
-    if counts is not None:
-        dt = dt.masked_fill(~counts.unsqueeze(-1), _NO_TIME)
-    xBC, conv = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before[0], lengths)
+    before = ops.taken(state.conv, rows, starts)
+    xBC, after = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before, lengths)
+    ops.put(after, state.conv, rows)
     x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)
     B, C = (tensor.unflatten(-1, (layer.groups, layer.state_dim)) for tensor in (B, C))
     x = x.unflatten(-1, (heads, layer.head_dim))
-    y, ssm = prefill_kernels.ssd(x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size, before[1])
+    y = ops.scan(state.ssm, rows, starts, lengths, x, dt, layer.dt_bias, layer.A, B, C, layer.D, layer.chunk_size)
     y = y.flatten(2)[only]
     # Normed as rows of their own, as one position is.
     gated = ops.gated_norm(
         y.reshape(-1, inner), z.reshape(-1, inner), layer.gate_norm, layer.groups, GATED_NORM_EPSILON
     )
-    return layer.out_proj(gated).view(*y.shape[:-1], -1), conv, ssm
+    return layer.out_proj(gated).view(*y.shape[:-1], -1)
 
 
 def _mamba2_step(layer: Mamba2, normed: Tensor, state: MambaState, count: int) -> Tensor:

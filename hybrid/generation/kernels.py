@@ -5,7 +5,7 @@ bytes moved, and how many kernels there are. The recurrence here takes a whole h
 and writes it once with wide accesses, and has softplus, decay, skip and the types' conversions in it.
 
 From Hopper on, kernels that follow each other overlap (programmatic dependent launch): one is put onto the GPU while
-the one before it still runs, and waits for its end in `_follow`; a product with one row has its first weights by then.
+the one before it still runs, and waits for its end in `follow`; a product with one row has its first weights by then.
 
 Shapes: B sequences, C channels of the convolution, W its width, d inner width, H SSM heads, P head width, G groups, N
 state, K key-value heads, Q query heads, T positions of the cache, E head width of attention.
@@ -29,14 +29,14 @@ def _overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _launched(x: Tensor) -> dict[str, Any]:
+def launched(x: Tensor) -> dict[str, Any]:
     """How a kernel on x's device is launched: overlapping with the one before it, where that can be."""
     overlap = _overlaps(x.device)
     return {"OVERLAP": overlap, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 @_jit
-def _follow(OVERLAP: tl.constexpr):
+def follow(OVERLAP: tl.constexpr):
     """Wait for what the kernel before this one writes, and let the next one be put onto the GPU."""
     if OVERLAP:
         gdc_wait()
@@ -61,7 +61,7 @@ def _matvec(
         block = tl.load(place)
     else:
         block = tl.load(place, mask=inside & (k[None, :] < COLUMNS), other=0.0)
-    _follow(OVERLAP)
+    follow(OVERLAP)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, COLUMNS, BLOCK_K):
         value = tl.load(x + start + k, mask=start + k < COLUMNS, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def matvec(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "")
         x, weight, weight if bias is None else bias, y, rows,
         COLUMNS=columns, HAS_BIAS=bias is not None, ACTIVATION=activation,
         EVEN=rows % block_n == 0 and columns % block_k == 0, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=warps, **_launched(x),
+        num_warps=warps, **launched(x),
     )  # fmt: skip
     return y
 
@@ -107,7 +107,7 @@ def _conv_step(
     x, state, taps, bias, y, channels, x_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """A block of channels of one sequence."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < channels
@@ -131,7 +131,7 @@ def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     block = 256
     grid = (batch, triton.cdiv(channels, block))
     _conv_step[grid](
-        x, state, taps, bias, y, channels, x.stride(0), WIDTH=taps.shape[0], BLOCK=block, **_launched(x)
+        x, state, taps, bias, y, channels, x.stride(0), WIDTH=taps.shape[0], BLOCK=block, **launched(x)
     )  # fmt: skip
     return y
 
@@ -143,7 +143,7 @@ def _ssm_step(
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Some of the P rows of the state of one head of one sequence."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
@@ -176,7 +176,7 @@ def ssm_step(
     _ssm_step[grid](
         state, x, dt, dt_bias, A, B, C, D, y,
         heads, B.shape[1], x.stride(0), dt.stride(0), B.stride(0), C.stride(0),
-        P=width, N=size, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, **_launched(x),
+        P=width, N=size, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4, **launched(x),
     )  # fmt: skip
     return y
 
@@ -184,7 +184,7 @@ def ssm_step(
 @_jit
 def _gated_norm(y, z, weight, out, inner, size, y_row, z_row, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One group of one sequence."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     offset = tl.arange(0, BLOCK)
     inside = offset < size
@@ -203,7 +203,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
     size = inner // groups
     block = triton.next_power_of_2(size)
     _gated_norm[(batch, groups)](
-        y, z, weight, out, inner, size, y.stride(0), z.stride(0), eps, BLOCK=block, **_launched(y)
+        y, z, weight, out, inner, size, y.stride(0), z.stride(0), eps, BLOCK=block, **launched(y)
     )  # fmt: skip
     return out
 
@@ -211,7 +211,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) ->
 @_jit
 def _add_norm(hidden, mixed, weight, total, out, size, mixed_row, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """One row. The sum is rounded to its type before it is normed, as it is in two steps."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, BLOCK)
     inside = offset < size
@@ -235,7 +235,7 @@ def add_norm(hidden: Tensor, mixed: Tensor, weight: Tensor, eps: float) -> tuple
     warps = max(4, min(16, block // 512))
     _add_norm[(batch,)](
         hidden, mixed, weight, total, out, size, mixed.stride(0), eps,
-        BLOCK=block, num_warps=warps, **_launched(hidden),
+        BLOCK=block, num_warps=warps, **launched(hidden),
     )  # fmt: skip
     return total, out
 
@@ -246,7 +246,7 @@ def _keep(
     E: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One key-value head of one sequence."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     e = tl.arange(0, BLOCK_E)
     source = row * new_row + head * new_head + e
@@ -262,7 +262,7 @@ def keep(new_key: Tensor, new_value: Tensor, key: Tensor, value: Tensor, positio
         new_key, new_value = new_key.contiguous(), new_value.contiguous()
     _keep[(batch, heads)](
         new_key, new_value, key, value, positions, key.stride(0), key.stride(1), new_key.stride(0), new_key.stride(1),
-        E=width, BLOCK_E=triton.next_power_of_2(width), **_launched(key),
+        E=width, BLOCK_E=triton.next_power_of_2(width), **launched(key),
     )  # fmt: skip
 
 
@@ -271,7 +271,7 @@ def _taken(
     state, rows, starts, out, size, rows_stride, starts_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """A block of one sequence's state; one that has seen nothing is not read."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     sequence = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside, seen = offset < size, tl.load(starts + sequence * starts_stride) > 0
@@ -283,7 +283,7 @@ def _taken(
 @_jit
 def _put(values, state, rows, size, values_row, rows_stride, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """A block of one sequence's state."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     sequence = tl.program_id(0).to(tl.int64)
     offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + sequence * rows_stride)
@@ -299,7 +299,7 @@ def taken(state: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
     out = torch.empty(len(rows), *state.shape[1:], device=state.device, dtype=state.dtype)
     size = out[0].numel()
     _taken[(len(rows), triton.cdiv(size, _STATE_BLOCK))](
-        state, rows, starts, out, size, rows.stride(0), starts.stride(0), BLOCK=_STATE_BLOCK, **_launched(state)
+        state, rows, starts, out, size, rows.stride(0), starts.stride(0), BLOCK=_STATE_BLOCK, **launched(state)
     )  # fmt: skip
     return out
 
@@ -309,7 +309,7 @@ def put(values: Tensor, state: Tensor, rows: Tensor) -> None:
     values = values.contiguous()
     size = values[0].numel()
     _put[(len(rows), triton.cdiv(size, _STATE_BLOCK))](
-        values, state, rows, size, values.stride(0), rows.stride(0), BLOCK=_STATE_BLOCK, **_launched(state)
+        values, state, rows, size, values.stride(0), rows.stride(0), BLOCK=_STATE_BLOCK, **launched(state)
     )  # fmt: skip
 
 
@@ -337,7 +337,7 @@ def _attend(
 ):  # fmt: skip
     """The queries that share one key-value head, of one sequence, over one of SPLITS parts of its keys (online
     softmax): what they add up to, not divided yet, and by what it is to be divided and scaled."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row).to(tl.int32)
     q, e, t = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_T)
@@ -374,7 +374,7 @@ def _combine(
     parts, largest, total, out, E: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr
 ):  # fmt: skip
     """The parts of one head. One without keys has a total of 0, and the smallest maximum."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     head = tl.program_id(0).to(tl.int64)
     split, e = tl.arange(0, SPLITS), tl.arange(0, BLOCK_E)
     own = tl.load(largest + head * SPLITS + split)
@@ -404,10 +404,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor
         query, key, value, lengths, parts, largest, total, width**-0.5, groups, positions,
         query.stride(0), key.stride(0),
         PER_GROUP=per_group, E=width, SPLITS=splits, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e,
-        **_launched(query),
+        **launched(query),
     )  # fmt: skip
     _combine[(batch * heads,)](
-        parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e, **_launched(query)
+        parts, largest, total, out, E=width, SPLITS=splits, BLOCK_E=block_e, **launched(query)
     )  # fmt: skip
     return out
 
@@ -418,7 +418,7 @@ def _attend_piece(
     E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_Q positions of one head of one sequence (online softmax)."""
-    _follow(OVERLAP)
+    follow(OVERLAP)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = tl.program_id(2) * BLOCK_Q
     start = tl.load(starts + row).to(tl.int32)
@@ -458,6 +458,6 @@ def attend_piece(query: Tensor, key: Tensor, value: Tensor, rows: Tensor, starts
     _attend_piece[(batch, heads, triton.cdiv(length, block_q))](
         query, key, value, rows, starts, out, width**-0.5, heads, groups, length, positions,
         query.stride(0), query.stride(1), key.stride(0),
-        E=width, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e, **_launched(query),
+        E=width, BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_E=block_e, **launched(query),
     )  # fmt: skip
     return out

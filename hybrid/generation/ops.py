@@ -1,7 +1,8 @@
-"""One position of what is not a matrix product, for a batch of sequences, with the states changed in place.
+"""What is not a matrix product, for a batch of sequences, with the states changed in place: of one position each, or of
+a piece of a prompt.
 
-Each runs as a Triton kernel on CUDA (`hybrid.generation.kernels`) and as plain PyTorch elsewhere; the latter is the
-kernel's oracle. What a row gives does not depend on the other rows of the batch.
+Each runs as a Triton kernel on CUDA (`hybrid.generation.kernels`, `scan_kernels`) and as plain PyTorch elsewhere; the
+latter is the kernel's oracle. What a row gives does not depend on the other rows of the batch.
 
 Shapes: B sequences, C channels of the convolution, W its width, d inner width, H SSM heads, P head width, G groups, N
 state, K key-value heads, Q query heads, T positions of the cache, E head width of attention.
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.generation.weights import Linear, Norm, rms_norm
+from hybrid.model.ssd import ssd_scan
 
 
 def conv_step(x: Tensor, state: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -49,6 +51,39 @@ def ssm_step(
         state.copy_(wide)
     y = torch.linalg.vecdot(grouped, C.float().unsqueeze(2)).view(b, h, p)
     return y.addcmul_(x.float(), D.unsqueeze(-1)).to(x.dtype)
+
+
+def scan(
+    state: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_size: int,
+) -> Tensor:
+    """Mamba-2's recurrence over a piece of each of some sequences: x (B, L, H, P), dt (B, L, H) before bias and
+    softplus, B and C (B, L, G, N), of which the first `lengths` (B) positions count; dt_bias, A and D (H) in float32.
+
+    state (S, H, P, N), changed in `rows` (B): it is zeros where a row has seen `starts` (B) of 0, whatever is there.
+    Computes in float32, in chunks of `chunk_size` positions where the kernel does not choose them. Returns y
+    (B, L, H, P) of x's type, of which nobody uses what does not count.
+    """
+    if x.is_cuda:
+        from hybrid.generation import scan_kernels
+
+        return scan_kernels.scan(state, rows, starts, lengths, x, dt, dt_bias, A, B, C, D)
+    counts = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+    step = softplus(dt.float() + dt_bias) * counts.unsqueeze(-1)  # without time a state stays as it is
+    before = taken(state, rows, starts)
+    y, after = ssd_scan(x, step, A, B, C, D, chunk_size=chunk_size, initial_state=before, return_final_state=True)
+    put(after, state, rows)
+    return y
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:

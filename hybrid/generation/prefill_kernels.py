@@ -1,9 +1,9 @@
-"""The convolution and the scans over a piece of a prompt.
+"""The convolution and Mamba-1's scan over a piece of a prompt.
 
 On CUDA mamba-ssm's and causal-conv1d's kernels, where they are installed; else this project's PyTorch.
 
-Shapes: B sequences, L positions, C channels, W width of the convolution, H SSM heads, P head width, G groups, N state,
-d inner width. A state that is None is that of a sequence that has seen nothing.
+Shapes: B sequences, L positions, C channels, W width of the convolution, N state, d inner width. A state that is None
+is that of a sequence that has seen nothing.
 """
 
 from functools import cache
@@ -11,12 +11,10 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybrid.model.conv import causal_conv1d
 from hybrid.model.selective_scan import selective_scan
-from hybrid.model.ssd import ssd_scan
 
 
 @cache
@@ -54,37 +52,6 @@ def _inputs_after(x: Tensor, state: Tensor | None, width: int, lengths: Tensor |
     row = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
     new, old = x[row, places.clamp(min=0)], before[row, (places + width).clamp(max=width - 1)]
     return torch.where(places.unsqueeze(-1) < 0, old, new)
-
-
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    dt_bias: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    chunk_size: int,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Mamba-2: x (B, L, H, P), dt (B, L, H) before bias and softplus, B and C (B, L, G, N), state (B, H, P, N)."""
-    if x.is_cuda and _installed("mamba_ssm.ops.triton.ssd_combined"):
-        fused: Any = import_module("mamba_ssm.ops.triton.ssd_combined")
-        return fused.mamba_chunk_scan_combined(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            chunk_size=chunk_size,
-            D=D,
-            dt_bias=dt_bias,
-            initial_states=None if state is None else state.to(x.dtype),
-            dt_softplus=True,
-            return_final_states=True,
-        )
-    step = F.softplus(dt.float() + dt_bias)
-    return ssd_scan(x, step, A, B, C, D, chunk_size=chunk_size, initial_state=state, return_final_state=True)
 
 
 def selective(

@@ -66,6 +66,33 @@ def test_the_recurrence(dtype: torch.dtype, heads: int, width: int, groups: int,
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("heads", "width", "groups", "size", "length"), [(4, 16, 2, 16, 9), (6, 24, 3, 20, 150), (8, 64, 8, 128, 70)]
+)
+def test_the_recurrence_over_pieces(
+    dtype: torch.dtype, heads: int, width: int, groups: int, size: int, length: int
+) -> None:
+    from hybrid.generation import scan_kernels
+
+    state = _random(5, heads, width, size, dtype=dtype)
+    state[1] = torch.nan  # of a sequence that has ended; the next one in its place has seen nothing
+    channels = [heads * width, groups * size, groups * size, heads]
+    x, B, C, dt = _random(3, length, sum(channels), dtype=dtype, seed=1).split(channels, dim=-1)
+    x, B, C = x.unflatten(-1, (heads, width)), B.unflatten(-1, (groups, size)), C.unflatten(-1, (groups, size))
+    bias, A, D = _random(heads, seed=3), -_random(heads, seed=4).abs(), _random(heads, seed=5)
+    rows, starts, lengths = torch.tensor([[4, 3, length], [1, 0, min(length, 67)], [0, 64, 1]]).unbind(1)
+    expected_state = state.float().cpu().clone()
+    given = [t.float().cpu() for t in (x, dt, bias, A, B, C, D)]
+    expected = ops.scan(expected_state, rows, starts, lengths, *given, chunk_size=64)
+    told = [t.to(DEVICE) for t in (rows, starts, lengths)]
+    found = scan_kernels.scan(state, told[0], told[1], told[2], x, dt, bias, A, B, C, D)
+    for index, count in enumerate(lengths.tolist()):
+        _close(found[index, :count], expected[index, :count], LIMITS[dtype])
+    for row in range(5):
+        _close(state[row], expected_state[row], LIMITS[dtype])
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_the_convolution(dtype: torch.dtype) -> None:
     from hybrid.generation import kernels
 
