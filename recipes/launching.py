@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.checks import require
+from hybrid.config import Settings
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import refuse_other_run
@@ -51,7 +52,7 @@ def launch(
         if where is None:
             require(built, foreign.processes(executor))
             return foreign.run(recipe, built, executor, detach=detach, dry_run=dry_run)
-    if not (isinstance(where, Slurm) and where.ssh) and (problems := weights.check(built)):
+    if not (isinstance(where, Slurm) and where.ssh) and (problems := absent(built)):
         raise ConfigError(problems)
     if isinstance(where, Slurm):
         job = submit([member], built.name, where, repeat=repeat, dry_run=dry_run)
@@ -68,6 +69,13 @@ def launch(
     require(built, count)
     start = containers.launch if isinstance(where, Docker) else processes.launch
     return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
+
+
+def absent(built: Settings) -> list[Problem]:
+    """What is wrong with the files that a run reads and leaves behind, as this machine sees it."""
+    from hybrid.data import presence
+
+    return [*presence.absent(built.data), *weights.check(built)]
 
 
 def prepare(recipe: "fdl.Partial[Any]") -> Member:

@@ -17,9 +17,9 @@ from hybrid.checks import check
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import writable
-from recipes import nodes, overrides, processes, records, typed, watching, weights
+from recipes import nodes, overrides, processes, records, typed, watching
 from recipes.executors import Executor, Local, Slurm
-from recipes.launching import note_what_was_fitted, prepare, refuse_under_way, until_interrupted
+from recipes.launching import absent, note_what_was_fitted, prepare, refuse_under_way, until_interrupted
 from recipes.records import SWEEP_FILE
 from recipes.settle import settle
 from recipes.submitting import Member, submit
@@ -105,7 +105,7 @@ def launch_sweep(
         built = members[-1].built
         count = executor.processes(smallest_world(built))
         wrong = check(built, count)
-        wrong += [] if isinstance(executor, Slurm) and executor.ssh else weights.check(built)
+        wrong += [] if isinstance(executor, Slurm) and executor.ssh else absent(built)
         problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in wrong]
     if problems:
         raise ConfigError(dict.fromkeys(problems))

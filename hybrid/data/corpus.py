@@ -66,7 +66,17 @@ def find_files(data: DataConfig) -> Files:
         return files
     if not data.path:
         raise ConfigError(Problem("data.path", "data.source=text needs a folder of text files: set data.path"))
-    folder = Path(data.path).expanduser()
+    folder = folder_of(data.path)
+    files = _scan(folder, lambda name: True, set())
+    if not files.found:
+        others = f" ({describe_skipped(files.skipped)})" if files.skipped else ""
+        raise ConfigError(Problem("data.path", f"there are no text files in '{folder}'{others}"))
+    return files
+
+
+def folder_of(path: str) -> Path:
+    """The folder that data.path names. Raises ConfigError when it is missing, a file or cannot be read."""
+    folder = Path(path).expanduser()
     if folder.is_file():
         raise ConfigError(Problem("data.path", f"'{folder}' is a file: give the folder it is in"))
     if not folder.is_dir():
@@ -75,11 +85,7 @@ def find_files(data: DataConfig) -> Files:
         next(os.scandir(folder), None)
     except OSError as error:
         raise ConfigError(Problem("data.path", f"the folder '{folder}' cannot be read: {error.strerror}")) from error
-    files = _scan(folder, lambda name: True, set())
-    if not files.found:
-        others = f" ({describe_skipped(files.skipped)})" if files.skipped else ""
-        raise ConfigError(Problem("data.path", f"there are no text files in '{folder}'{others}"))
-    return files
+    return folder
 
 
 def describe_skipped(skipped: Counter[str]) -> str:

@@ -112,16 +112,22 @@ class IndexedWriter:
         self._bin.close()
 
 
+def files_of(prefix: str | Path, place: str) -> tuple[Path, Path]:
+    """`prefix.idx` and `prefix.bin`. Raises ConfigError when there is no such file."""
+    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for file in (idx, bin_):
+        if not file.is_file():
+            raise ConfigError(Problem(place, f"there is no file '{file}': give the path without .bin and .idx"))
+    return idx, bin_
+
+
 def read_index(prefix: str | Path, place: str) -> Index:
     """Read `prefix.idx` and check it against `prefix.bin`.
 
     Raises ConfigError, in which `place` names the setting, when a file is missing, empty, cut short, of another format
     or does not match the other. The check costs one pass over the index, none over the tokens.
     """
-    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for file in (idx, bin_):
-        if not file.is_file():
-            raise ConfigError(Problem(place, f"there is no file '{file}': give the path without .bin and .idx"))
+    idx, bin_ = files_of(prefix, place)
     try:
         raw = np.memmap(idx, mode="r") if idx.stat().st_size else np.zeros(0, np.uint8)
         bin_size = bin_.stat().st_size

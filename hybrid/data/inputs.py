@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,21 @@ def find_inputs(names: list[str], place: str = "INPUT") -> list[InputFile]:
                 problems.append(Problem(place, f"'{each}' is empty"))
             files.append(InputFile(each.resolve(), _kind(each), status.st_size, status.st_mtime_ns))
     if problems:
+        raise ConfigError(problems)
+    return files
+
+
+def example_files(paths: str, place: str) -> list[InputFile]:
+    """The files of examples in one setting: paths separated by spaces, as in a shell.
+
+    Raises ConfigError as `find_inputs`, for quotation marks left open, and for files that hold no records.
+    """
+    try:
+        files = find_inputs(shlex.split(paths), place)
+    except ValueError as error:
+        raise ConfigError(Problem(place, f"'{paths}' opens a quotation mark and does not close it")) from error
+    message = "is neither JSON lines (.jsonl, .json, .ndjson) nor .parquet"
+    if problems := [Problem(place, f"'{file.path}' {message}") for file in files if file.kind == "text"]:
         raise ConfigError(problems)
     return files
 

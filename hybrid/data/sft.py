@@ -5,7 +5,6 @@ In the cache an example is a document of a `.bin/.idx` pair whose sequences are 
 
 import hashlib
 import json
-import shlex
 import shutil
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from hybrid.data.corpus import SPLITS, normalized
 from hybrid.data.encode import encode_blocks
 from hybrid.data.examples import Example, encode_examples
 from hybrid.data.indexed import IndexedWriter, read_index, token_dtype
-from hybrid.data.inputs import InputFile, find_inputs, read_blocks
+from hybrid.data.inputs import InputFile, example_files, read_blocks
 from hybrid.data.packed import Examples, Packed
 from hybrid.data.progress import byte_progress
 from hybrid.data.tokenizer import Tokenizer
@@ -50,7 +49,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, quiet: bool = False) -> Path
     (file and line) and for a cache that cannot be written.
     """
     given = {"train": data.path, "validation": data.validation_path, "test": data.test_path}
-    files = {split: _find(path, split) for split, path in given.items() if path}
+    files = {split: example_files(path, _place(split)) for split, path in given.items() if path}
     facts = [_FORMAT, tokenizer.unique_identifiers]
     facts += [[split, [[str(f.path), f.size, f.mtime_ns] for f in found]] for split, found in files.items()]
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:20]
@@ -63,22 +62,6 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, quiet: bool = False) -> Path
         except (ConfigError, OSError, ValueError):
             shutil.rmtree(final)
     return make_folder(final, lambda folder: _encode(folder, files, tokenizer, quiet))
-
-
-def _find(paths: str, split: str) -> list[InputFile]:
-    place = _place(split)
-    try:
-        files = find_inputs(shlex.split(paths), place)
-    except ValueError as error:
-        raise ConfigError(Problem(place, f"'{paths}' opens a quotation mark and does not close it")) from error
-    problems = [
-        Problem(place, f"'{file.path}' is neither JSON lines (.jsonl, .json, .ndjson) nor .parquet")
-        for file in files
-        if file.kind == "text"
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return files
 
 
 def _place(split: str) -> str:

@@ -115,6 +115,27 @@ def test_generate_prints_the_prompt_and_what_follows_the_same_for_the_same_seed(
 
 
 @pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (["data.source=text", "data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
+        (
+            ["data.source=indexed", "data.path=0.5 a 0.5 b"],
+            "data.path: there is no file 'a.idx': give the path without",
+        ),
+        (
+            ["data.source=sft", "data.path=chat.jsonl", "data.validation_path=held.jsonl"],
+            "data.validation_path: 'held.jsonl' cannot be read: no such file or directory",
+        ),
+    ],
+)
+def test_a_run_without_its_data_is_not_started(place: Path, data: list[str], says: str) -> None:
+    done = hybrid(place, "pretrain", "tiny", "name=without", *data)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert not (place / "runs/without").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (
@@ -122,10 +143,6 @@ def test_generate_prints_the_prompt_and_what_follows_the_same_for_the_same_seed(
             "whoel: is neither a run nor a checkpoint folder; did you mean whole? runs here: ",
         ),
         (["generate", "whole", "--prompt", ""], "prompt: is empty; give the text to go on from"),
-        (
-            ["pretrain", "tiny", "data.source=text", "data.path=nowhere"],
-            "data.path: there is no folder 'nowhere'",
-        ),
         (["pretrain", "tiny", "data.source=text", "data.path=empty"], "data.path: there are no text files in 'empty'"),
         (["pretrain", "tiny", "parallel.tensor=3", "model.hidden_sise=9"], "did you mean hidden_size"),
         (["pretrain", "tiny", "name=whole", "model.hidden_size=64"], "name this run otherwise (name=...)"),

@@ -73,15 +73,16 @@ def test_a_chain_goes_on_where_slurm_stopped_a_job_and_is_cancelled_as_a_whole(p
 
 @story
 def test_a_failing_job_fails_the_command_and_ends_its_chain(place: Place) -> None:
-    done = place.pretrain("fails", 6, "data.path=/no/such/folder", "--repeat", "2")
+    (place.folder / "empty").mkdir()
+    done = place.pretrain("fails", 6, "data.path=empty", "--repeat", "2")
     assert done.returncode == 2
-    assert "data.path: there is no folder '/no/such/folder'" in done.stdout
+    assert "data.path: there are no text files in 'empty'" in done.stdout
     assert "the run ended in a job before this one, with exit code 2" in done.stdout
     record = json.loads((place.folder / "runs" / "fails" / "job.json").read_text())
     place.wait(lambda: not place.queue(*record["ids"]), "Slurm to forget (MinJobAge)")
     found = json.loads(place.hybrid("status", "fails", "--json").stdout)
     assert (found["status"], found["detail"]) == ("failed", "exit code 2")
-    assert "  data.path: there is no folder '/no/such/folder'" in place.hybrid("status", "fails").stdout
+    assert "  data.path: there are no text files in 'empty'" in place.hybrid("status", "fails").stdout
     assert ["fails", "failed"] in [line.split()[:2] for line in place.hybrid("runs").stdout.splitlines()]
 
 
