@@ -45,10 +45,9 @@ def main() -> None:
     deflated = len(zlib.compress(held_out, 9)) * 8 / len(held_out)
     print(f"\n{date.today()}, {os.cpu_count()} cores of {_processor()}, Python {platform.python_version()}, ", end="")
     print(f"torch {version('torch')}, megatron-core {version('megatron-core')}")
-    print(f"model: {next(line.split(' ', 2)[2] for line in log.splitlines() if 'parameters' in line).split(';')[0]}")
-    print(
-        f"steps: {len(steps)}; from the line before the first step to the last line {seconds} s; whole command {whole:.0f} s"
-    )
+    counted = next(line for line in log.splitlines() if "parameters" in line)
+    print(f"model: {counted.split(' ', 2)[2].split(';')[0]}")
+    print(f"steps: {len(steps)}; from before the first step to the last line {seconds} s; whole command {whole:.0f} s")
     print(f"tokens/s, median step: {np.median([step['tokens_per_second'] for step in steps]):,.0f}")
     print(f"peak resident memory: {peak:.2f} GiB")
     marks = [1, 10, 50, 100, 250, len(steps)]

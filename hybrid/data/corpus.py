@@ -15,7 +15,7 @@ SPLITS = ("train", "validation", "test")
 
 # Other people's packages, and tests: distributions of Python differ in whether they bring the latter.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-_SNIFF_BYTES = 8192
+SNIFF_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,10 @@ def folder_of(path: str) -> Path:
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
-    """Return such as "2 empty, 1 not UTF-8 text"."""
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    """Return such as "2 files empty, 1 file not UTF-8 text"."""
+    return ", ".join(
+        f"{count} {'file' if count == 1 else 'files'} {reason}" for reason, count in sorted(skipped.items())
+    )
 
 
 def _scan(folder: Path, wanted, passed_over: set[str]) -> Files:
@@ -101,13 +103,13 @@ def _scan(folder: Path, wanted, passed_over: set[str]) -> Files:
         try:
             status = path.stat()
             with path.open("rb") as file:
-                head = file.read(_SNIFF_BYTES)
+                head = file.read(SNIFF_BYTES)
         except OSError:
             files.skipped["unreadable"] += 1
             continue
         if not head:
             files.skipped["empty"] += 1
-        elif not _looks_like_text(head, whole=len(head) == status.st_size):
+        elif not looks_like_text(head, whole=len(head) == status.st_size):
             files.skipped["not UTF-8 text"] += 1
         else:
             name = path.relative_to(folder).as_posix()
@@ -131,7 +133,8 @@ def _walk(folder: Path, passed_over: set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _looks_like_text(head: bytes, whole: bool) -> bool:
+def looks_like_text(head: bytes, whole: bool) -> bool:
+    """Whether the beginning of a file, or the whole of it, is UTF-8 without NUL."""
     if b"\0" in head:
         return False
     try:

@@ -5,11 +5,13 @@ import io
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hybrid.data.corpus import SNIFF_BYTES, describe_skipped, looks_like_text
 from hybrid.data.encode import BLOCK_BYTES, Block, Document, Texts
 from hybrid.errors import ConfigError, Problem, UserError, nearest
 
@@ -45,32 +47,44 @@ class BadDocument(UserError):
         return f"'{path}', {where}: {reason}"
 
 
-def find_inputs(names: list[str], place: str = "INPUT") -> list[InputFile]:
+def find_inputs(names: list[str], place: str = "INPUT", left_out: Counter[str] | None = None) -> list[InputFile]:
     """Return the files, and the files of the folders, in the order given and by name within a folder.
 
     `.jsonl`, `.json` and `.ndjson` are JSON lines, `.parquet` is Parquet, any other file is one document of text; all
-    but Parquet may be compressed (`.gz`, `.zst`). Raises ConfigError for all that is missing, unreadable or empty.
+    but Parquet may be compressed (`.gz`, `.zst`). With `left_out`, files of a folder that are empty or, being of no
+    known kind, not text are passed over and counted there, by the reason. Raises ConfigError for all else that is
+    missing, unreadable or empty.
     """
     files: list[InputFile] = []
     problems: list[Problem] = []
     for name in names:
         path = Path(name).expanduser()
+        passed_over = left_out if path.is_dir() else None
+        before = len(files) + len(problems)
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-            if not found:
-                problems.append(Problem(place, f"the folder '{name}' holds no files"))
         else:
             found = [path]
         for each in found:
+            kind = _kind(each)
             try:
-                with each.open("rb"):
-                    status = each.stat()
+                with each.open("rb") as file:
+                    head, status = file.read(SNIFF_BYTES), each.stat()
             except OSError as error:
                 problems.append(Problem(place, f"'{each}' cannot be read: {os.strerror(error.errno or 0).lower()}"))
                 continue
-            if status.st_size == 0:
+            plain = kind == "text" and each.suffix not in _COMPRESSED
+            if passed_over is not None and not head:
+                passed_over["empty"] += 1
+            elif passed_over is not None and plain and not looks_like_text(head, len(head) == status.st_size):
+                passed_over["not UTF-8 text"] += 1
+            elif not head:
                 problems.append(Problem(place, f"'{each}' is empty"))
-            files.append(InputFile(each.resolve(), _kind(each), status.st_size, status.st_mtime_ns))
+            else:
+                files.append(InputFile(each.resolve(), kind, status.st_size, status.st_mtime_ns))
+        if path.is_dir() and len(files) + len(problems) == before:
+            others = f" that can be used ({describe_skipped(passed_over)})" if passed_over else ""
+            problems.append(Problem(place, f"the folder '{name}' holds no files{others}"))
     if problems:
         raise ConfigError(problems)
     return files

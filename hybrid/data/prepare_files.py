@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 
 from hybrid import atomic
 from hybrid.data.cache import available_cores, clear_errors
+from hybrid.data.corpus import describe_skipped
 from hybrid.data.encode import BLOCK_BYTES, Encoded, encode_blocks
 from hybrid.data.indexed import read_index, token_dtype, write_index
 from hybrid.data.inputs import BadDocument, InputFile, Text, find_inputs, read_blocks
@@ -86,11 +88,16 @@ def prepare_files(
     The bytes are those of Megatron's tools/preprocess_data.py with --append-eod, for one key, the same tokenizer and
     JSONL. `key` is the JSON key or the Parquet column of the text; `workers` processes encode (None: one a core).
 
+    In a folder, files that are empty or not text are passed over, and their number is said.
+
     A run that was stopped goes on with the same arguments; one that was finished is not done again. Raises ConfigError
     for inputs that cannot be used and for an output that is there already, UserError for a document that cannot be
     read (file and line), a full disk, or another process that writes to the same output.
     """
-    files = find_inputs(inputs)
+    left_out: Counter[str] = Counter()
+    files = find_inputs(inputs, left_out=left_out)
+    if left_out and not quiet:
+        print(f"left out: {describe_skipped(left_out)}", file=sys.stderr)
     prefix = Path(output).expanduser()
     fingerprint = _fingerprint(files, tokenizer, key)
     if (finished := _finished(prefix, fingerprint)) is not None:

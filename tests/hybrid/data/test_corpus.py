@@ -54,7 +54,7 @@ def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
         (lambda path: None, "there is no folder"),
         (lambda path: path.write_text("text"), "is a file: give the folder"),
         (lambda path: path.mkdir(), "there are no text files"),
-        (lambda path: (path.mkdir(), (path / "x").touch()), r"there are no text files in .* \(1 empty\)"),
+        (lambda path: (path.mkdir(), (path / "x").touch()), r"there are no text files in .* \(1 file empty\)"),
     ],
 )
 def test_a_folder_without_text_is_one_clear_sentence(tmp_path, make, message):

@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -73,6 +74,25 @@ def test_a_text_file_is_one_document_and_a_folder_all_in_it(tmp_path):
     (tmp_path / "b" / "e.jsonl").write_bytes(lines(["line"]))
     (tmp_path / "a.md").write_text("alone")
     assert read(tmp_path / "b", tmp_path / "a.md") == ["code", "packed", "line", "first\nsecond", "alone"]
+
+
+def test_what_is_no_text_in_a_folder_is_passed_over_and_counted(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.md").write_text("text")
+    (folder / "picture.png").write_bytes(b"\x89PNG\r\n\0")
+    (folder / "nothing.txt").touch()
+    left_out = Counter()
+    assert [file.path.name for file in inputs.find_inputs([str(folder)], left_out=left_out)] == ["a.md"]
+    assert left_out == {"not UTF-8 text": 1, "empty": 1}
+    # What is named by itself is meant.
+    found = inputs.find_inputs([str(folder / "picture.png")], left_out=left_out)
+    assert [file.path.name for file in found] == ["picture.png"]
+    with pytest.raises(ConfigError, match=r"nothing\.txt' is empty"):
+        inputs.find_inputs([str(folder / "nothing.txt")], left_out=left_out)
+    (folder / "a.md").unlink()
+    with pytest.raises(ConfigError, match=r"holds no files that can be used \(1 file empty, 1 file not UTF-8 text\)"):
+        inputs.find_inputs([str(folder)], left_out=Counter())
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

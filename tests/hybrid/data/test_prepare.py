@@ -85,13 +85,13 @@ def test_a_cache_that_cannot_be_a_folder_is_said(data, tmp_path):
 
 
 def test_text_that_turns_out_to_be_none_is_counted(data, monkeypatch):
-    monkeypatch.setattr(corpus, "_SNIFF_BYTES", 4)
+    monkeypatch.setattr(corpus, "SNIFF_BYTES", 4)
     Path(data.path, "d.txt").write_bytes(b"abcde\xff")
     assert prepared(data).skipped == {"not UTF-8 text": 1}
 
 
 def test_a_split_without_readable_text_is_refused(data, monkeypatch):
-    monkeypatch.setattr(corpus, "_SNIFF_BYTES", 4)
+    monkeypatch.setattr(corpus, "SNIFF_BYTES", 4)
     for name in TEXTS:
         Path(data.path, name).write_bytes(b"abcde\xff")
     with pytest.raises(ConfigError, match="all text for train is unreadable"):
