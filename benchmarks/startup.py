@@ -9,7 +9,6 @@ is what the wall time comes to on a machine that does nothing else. The verbs co
 import importlib.metadata
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -43,7 +42,7 @@ def measure(command: list[str], runs: int) -> tuple[float, float]:
 
 def main(runs: int) -> None:
     """Measure everything and print the table."""
-    hybrid = shutil.which("hybrid") or "hybrid"
+    hybrid = str(Path(sys.executable).with_name("hybrid"))
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("typer", "fiddle", "nemo-run"))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
