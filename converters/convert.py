@@ -60,8 +60,22 @@ def open_checkpoint(
         if stated in (None, name) and module.find(path) is not None:
             return module.read(path, known, list(allow))
     if stated is None and (not path.exists() or (path / run_folder.CHECKPOINTS).is_dir()):
-        return torch_dist.read(run_folder.find_checkpoint(str(reference)), known, list(allow))
+        return _of_run(run_folder.find_checkpoint(str(reference)), known, list(allow))
     raise ConfigError(Problem(str(reference), _nothing(path, stated)))
+
+
+def _of_run(folder: Path, known: Mapping[str, Any], allow: list[str]) -> Checkpoint:
+    """A run's newest checkpoint. Where it is damaged, the error names the one before."""
+    try:
+        return torch_dist.read(folder, known, allow)
+    except ConfigError:
+        raise
+    except UserError as error:
+        steps = run_folder.checkpoint_steps(folder.parent)
+        if len(steps) < 2:
+            raise
+        before = run_folder.checkpoint_folder(folder.parent, steps[-2])
+        raise UserError(f"{error}; the run's checkpoint before it is {before}") from error
 
 
 def stream(

@@ -233,6 +233,18 @@ def test_a_torch_dist_file_is_missing_or_truncated(saved: Saved, tmp_path: Path)
         convert.open_checkpoint(tmp_path / "a")
 
 
+def test_the_newest_checkpoint_of_a_run_is_damaged(saved: Saved, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run/checkpoints"
+    convert.convert(saved("hybrid")[0], checkpoints, "torch_dist")
+    shutil.copytree(checkpoints / "iter_0000100", checkpoints / "iter_0000200")
+    (checkpoints / "iter_0000200/__0_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"__0_0.distcp is missing; the run's checkpoint before it is .*iter_0000100"):
+        convert.open_checkpoint(tmp_path / "run")
+    shutil.rmtree(checkpoints / "iter_0000100")
+    with pytest.raises(UserError, match=r"__0_0.distcp is missing$"):
+        convert.open_checkpoint(tmp_path / "run")
+
+
 def test_hf_files_that_do_not_fit(saved: Saved, tmp_path: Path) -> None:
     convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
     weights = tmp_path / "a/model.safetensors"
