@@ -43,14 +43,12 @@ def prefill(weights: Weights, slots: Slots, rows: list[int], tokens: Tensor) -> 
     hidden = _embed(weights, tokens, positions)
     rotary = _rotary(weights, positions)
     batch = slice(rows[0], rows[0] + 1) if len(rows) == 1 else to_device(rows, torch.int64, tokens.device)
-    told, starts, lengths = to_device(
-        [rows, [start] * len(rows), [length] * len(rows)], torch.int64, tokens.device
-    ).unbind()
+    chosen, starts = to_device([rows, [start] * len(rows)], torch.int64, tokens.device).unbind()
     for layer, state in zip(weights.layers, slots.layers, strict=True):
         normed = layer_norm(layer)(hidden)
         match layer, state:
             case Mamba2(), MambaState():
-                mixed = _mamba2(layer, normed, state, told, starts, lengths)
+                mixed = _mamba2(layer, normed, state, chosen, starts if start else None)
             case Mamba1(), MambaState():
                 mixed = _mamba1(weights, layer, normed, state, batch, start)
             case Attention() | Latent(), AttentionState():
@@ -206,14 +204,14 @@ def _mamba2(
     normed: Tensor,
     state: MambaState,
     rows: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None = None,
     only: tuple[Tensor, Tensor] | EllipsisType = ...,
 ) -> Tensor:
     """normed (B, L, h) to (B, L, h), and the state's `rows` (B), which have seen `starts` (B), to what they are then.
 
-    Of each row the first `lengths` (B) positions count. `only` is an index of (B, L) that says which positions are
-    given out.
+    Of each row the first `lengths` (B) positions count. `starts` of None are all 0, `lengths` of None all L. `only` is
+    an index of (B, L) that says which positions are given out.
     """
     inner, channels, heads = layer.inner, layer.conv.shape[0], layer.heads
     if only is ...:
@@ -221,7 +219,7 @@ def _mamba2(
     else:
         z = Linear(layer.in_proj.weight[:inner])(normed[only])
         xBC, dt = Linear(layer.in_proj.weight[inner:])(normed).split([channels, heads], dim=-1)
-    before = ops.taken(state.conv, rows, starts)
+    before = None if starts is None else ops.taken(state.conv, rows, starts)
     xBC, after = prefill_kernels.conv(xBC, layer.conv, layer.conv_bias, before, lengths)
     ops.put(after, state.conv, rows)
     x, B, C = xBC.split([inner, layer.groups * layer.state_dim, layer.groups * layer.state_dim], dim=-1)

@@ -56,8 +56,8 @@ def ssm_step(
 def scan(
     state: Tensor,
     rows: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
     x: Tensor,
     dt: Tensor,
     dt_bias: Tensor,
@@ -71,16 +71,20 @@ def scan(
     softplus, B and C (B, L, G, N), of which the first `lengths` (B) positions count; dt_bias, A and D (H) in float32.
 
     state (S, H, P, N), changed in `rows` (B): it is zeros where a row has seen `starts` (B) of 0, whatever is there.
-    Computes in float32, in chunks of `chunk_size` positions where the kernel does not choose them. Returns y
-    (B, L, H, P) of x's type, of which nobody uses what does not count.
+    `starts` of None are all 0, `lengths` of None all L. Computes in float32, in chunks of `chunk_size` positions where
+    the kernel does not choose them. Returns y (B, L, H, P) of x's type, of which nobody uses what does not count.
     """
     if x.is_cuda:
         from hybrid.generation import scan_kernels
 
+        starts = torch.zeros_like(rows) if starts is None else starts
+        lengths = torch.full_like(rows, x.shape[1]) if lengths is None else lengths
         return scan_kernels.scan(state, rows, starts, lengths, x, dt, dt_bias, A, B, C, D)
-    counts = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
-    step = softplus(dt.float() + dt_bias) * counts.unsqueeze(-1)  # without time a state stays as it is
-    before = taken(state, rows, starts)
+    step = softplus(dt.float() + dt_bias)
+    if lengths is not None:  # without time a state stays as it is
+        counts = torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
+        step = step * counts.unsqueeze(-1)
+    before = None if starts is None else taken(state, rows, starts)
     y, after = ssd_scan(x, step, A, B, C, D, chunk_size=chunk_size, initial_state=before, return_final_state=True)
     put(after, state, rows)
     return y
