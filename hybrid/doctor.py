@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
+from hybrid import installing
 from hybrid.model import kernels
 
 PROJECT = "hybrid-recipes"
@@ -113,7 +114,7 @@ def _requirements() -> Iterator[Finding]:
     try:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:
-        yield Finding(PROJECT, "missing", "is not installed", "pip install -e . in the project's folder")
+        yield Finding(PROJECT, "missing", "is not installed", f"{installing.command('-e .')} in the project's folder")
         return
     for line in lines:
         wanted = Requirement(line)
@@ -126,7 +127,7 @@ def _requirements() -> Iterator[Finding]:
 def _requirement(wanted: Requirement, extra: str) -> Finding:
     purpose = f" (of '{PROJECT}[{extra}]')" if extra else ""
     absent: Literal["optional", "missing"] = "optional" if extra else "missing"
-    install = f"pip install '{wanted.name}{wanted.specifier}'"
+    install = installing.command(f"'{wanted.name}{wanted.specifier}'")
     try:
         version = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybrid import installing
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import METRICS_FILE
 from recipes import records, watching
@@ -72,7 +73,7 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
         import matplotlib
     except ImportError:
         raise ConfigError(
-            Problem("plot", "needs matplotlib, which is not installed here; `pip install matplotlib`")
+            Problem("plot", f"needs matplotlib, which is not installed here; `{installing.command('matplotlib')}`")
         ) from None
     matplotlib.use("agg")
     figure = _figure(runs)

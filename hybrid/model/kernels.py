@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 
+from hybrid import installing
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem
 
@@ -32,37 +33,42 @@ class Package:
     name: str
     module: str
     minimum: str
-    install: str
+    arguments: str  # of pip install
     gives: str
     below: str = ""
+
+    @property
+    def install(self) -> str:
+        """What installs it here."""
+        return installing.command(self.arguments)
 
 
 TRANSFORMER_ENGINE = Package(
     "transformer-engine",
     "transformer_engine.pytorch",
     "2.9",
-    "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9'",
+    "--no-build-isolation 'transformer-engine[core_cu13,pytorch]>=2.9'",
     "linear layers with their norm, attention, cross entropy, optimizer, FP8",
 )
 MAMBA_SSM = Package(
     "mamba-ssm",
     "mamba_ssm.ops.triton.ssd_combined",
     "2.3",
-    "pip install --no-build-isolation 'mamba-ssm>=2.3'",
+    "--no-build-isolation 'mamba-ssm>=2.3'",
     "the scans of Mamba-1 and Mamba-2, the gated norm",
 )
 CAUSAL_CONV1D = Package(
     "causal-conv1d",
     "causal_conv1d",
     "1.5",
-    "pip install --no-build-isolation 'causal-conv1d>=1.5'",
+    "--no-build-isolation 'causal-conv1d>=1.5'",
     "the short convolution of Mamba layers",
 )
 FLA = Package(
     "fla-core",
     "fla.modules.convolution",
     "0.4",
-    "pip install 'fla-core[cuda]>=0.4,<0.6'",
+    "'fla-core[cuda]>=0.4,<0.6'",
     "the gated delta rule of G layers",
     below="0.6",  # which has moved the modules that megatron-core 0.19 imports
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybrid import settings_file
+from hybrid import installing, settings_file
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem
 from hybrid.training.report import Sink
@@ -25,7 +25,7 @@ def require(settings: Settings) -> None:
     problems = [
         Problem(
             "trainer.log_to",
-            f"{name} is not installed here; `pip install {name}`, or take it out of the list",
+            f"{name} is not installed here; `{installing.command(name)}`, or take it out of the list",
         )
         for name in wanted(settings)
         if importlib.util.find_spec(name) is None

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from importlib import metadata
 
-from hybrid import doctor
+from hybrid import doctor, installing
 from hybrid.doctor import Diagnosis, Finding
 from hybrid.model import kernels
 
@@ -47,7 +47,7 @@ def test_a_package_of_another_version_is_said_with_the_line_that_mends_it() -> N
     finding = doctor._requirement(line, "")
     assert finding.state == "missing"
     assert finding.says == f"is {metadata.version('numpy')}, not >=99"
-    assert finding.way_out == "pip install 'numpy>=99'"
+    assert finding.way_out == installing.command("'numpy>=99'")
     assert doctor._requirement(doctor.Requirement("no-such-thing"), "data").state == "optional"
 
 

@@ -91,5 +91,5 @@ def test_without_matplotlib_the_way_to_get_it_is_said(
         return original(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match="needs matplotlib, which is not installed here; `pip install matplotlib`"):
+    with pytest.raises(ConfigError, match=r"matplotlib, which is not installed here; `(uv )?pip install matplotlib`"):
         curves.draw([curves.read(run)], tmp_path / "a.png")

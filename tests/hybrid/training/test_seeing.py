@@ -106,7 +106,7 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     run = toy.settings(tmp_path, trainer={"log_to": ["tensorboard"]}, model={"kernels": "reference"})
-    with pytest.raises(ConfigError, match="tensorboard is not installed here; `pip install tensorboard`"):
+    with pytest.raises(ConfigError, match=r"tensorboard is not installed here; `(uv )?pip install tensorboard`"):
         train(run)
     assert not (tmp_path / "runs").exists()
 
