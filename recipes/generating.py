@@ -5,6 +5,7 @@ with open_generator("tiny") as model:
     print(model.generate("def ").text)
 """
 
+import atexit
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -268,6 +269,7 @@ def _lead(opening: Opening, checkpoint: "Checkpoint") -> "Runner":
     ]
     for process in others:
         process.start()
+        atexit.register(process.kill)  # before multiprocessing's own terminate, which they do not hear, and its wait
     return _joined(opening, checkpoint, 0, port, others)
 
 
@@ -277,7 +279,8 @@ def _follow(opening: Opening, rank: int, port: int) -> None:
 
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 says when it is over
+    for number in (signal.SIGINT, signal.SIGTERM):  # which a shell or a service manager sends to all processes
+        signal.signal(number, signal.SIG_IGN)  # rank 0 says when it is over
     threading.Thread(target=_end_with_parent, daemon=True, name="watch of rank 0").start()
     checkpoint = _checkpoint(opening)
     torch.set_num_threads(_threads(opening, checkpoint))

@@ -62,7 +62,7 @@ def run(model: Generator, listening: socket.socket, limits: Limits, drain_second
             return
         if ending:
             for rank in multiprocessing.active_children():
-                rank.terminate()
+                rank.kill()
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         ending = time.monotonic()
@@ -77,5 +77,6 @@ def run(model: Generator, listening: socket.socket, limits: Limits, drain_second
     print(f"{model.name} is served on http://{shown}:{port}", flush=True)
     try:
         server.run(sockets=[listening])
+        print(f"{model.name} is no longer served", flush=True)
     finally:
         model.close(0)

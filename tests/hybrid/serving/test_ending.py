@@ -1,11 +1,13 @@
 """How a server ends: the real command in a process of its own, with texts on their way."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -26,9 +28,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_legacy(tmp_path_factory.mktemp("served"), model, weights)
 
 
-@pytest.fixture
-def server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A running `hybrid serve`, and its address."""
+@contextmanager
+def _serve(checkpoint: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A running `hybrid serve`, in a process group of its own, and its address."""
     command = [
         str(Path(sys.executable).with_name("hybrid")),
         "serve",
@@ -39,12 +41,23 @@ def server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         "0",
     ]
     process = subprocess.Popen(
-        [*command, "--drain", "60"], cwd=toy.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--drain", "60", *options],
+        cwd=toy.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     yield process, process.stdout.readline().split()[-1]
     process.kill()
     process.wait()
+
+
+@pytest.fixture
+def server(checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with _serve(checkpoint) as started:
+        yield started
 
 
 def _stream(url: str, lines: list[str]) -> None:
@@ -93,6 +106,17 @@ def test_after_sigterm_texts_are_finished_and_others_refused(server: tuple[subpr
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
+def test_sigterm_to_all_ranks_is_the_first_ones_to_answer(checkpoint: Path) -> None:
+    with _serve(checkpoint, "--tensor-parallel", "2") as (process, url):
+        ((thread, lines),) = _begun(url, 1)
+        os.killpg(process.pid, signal.SIGTERM)
+        thread.join()
+        assert lines[-1] == "data: [DONE]" and '"finish_reason":"length"' in lines[-2]
+        assert process.wait(10) == 0
+
+
+@pytest.mark.slow
 def test_a_second_sigterm_ends_it_at_once(server: tuple[subprocess.Popen[str], str]) -> None:
     process, url = server
     ((thread, lines),) = _begun(url, 1)
@@ -114,3 +138,4 @@ def test_without_texts_it_ends_right_away(server: tuple[subprocess.Popen[str], s
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == 0
     assert process.stderr is not None and process.stderr.read() == ""
+    assert process.stdout is not None and process.stdout.read().endswith(" is no longer served\n")
