@@ -315,7 +315,7 @@ run.data.path = "nowhere"
 try:
     here.datasets.build_datasets(run, here.tokenizer, train_samples=40)
 except here.ConfigError as error:
-    print(rank, error)
+    sys.stdout.write(f"{rank} {error}\\n")  # at once: both write into one pipe
 """
 
 
