@@ -43,6 +43,16 @@ def follow(OVERLAP: tl.constexpr):
         gdc_launch_dependents()
 
 
+@_jit
+def softplus(x):
+    """log(1 + exp(x)), to the last digits where that is small, too: what is lost in 1 + exp(x) is divided out again
+    (Higham, Accuracy and Stability of Numerical Algorithms, problem 1.5)."""
+    grown = tl.exp(x)
+    whole = 1.0 + grown
+    small = tl.where(whole == 1.0, grown, grown * tl.log(whole) / tl.where(whole == 1.0, 1.0, whole - 1.0))
+    return tl.where(x > 20.0, x, small)
+
+
 # Rows of the weight a program takes, columns of it at once, warps: measured on an H200, benchmarks/generation_gpu.md.
 _MATVEC = (2, 2048, 4)
 
@@ -149,7 +159,7 @@ def _ssm_step(
     n = tl.arange(0, BLOCK_N)
     group = head // (heads // groups)
     own = tl.load(dt + row * dt_row + head).to(tl.float32) + tl.load(dt_bias + head)
-    step = tl.where(own > 20.0, own, tl.log(1.0 + tl.exp(own)))
+    step = softplus(own)
     decay = tl.exp(step * tl.load(A + head))
     inside_p, inside_n = p < P, n < N
     inside = inside_p[:, None] & inside_n[None, :]

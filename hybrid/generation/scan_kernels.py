@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid.generation.kernels import follow, launched
+from hybrid.generation.kernels import follow, launched, softplus
 
 _jit: Any = triton.jit
 # Of 16-bit types; positions of a block, elements of a program's state: benchmarks/generation_gpu.md.
@@ -40,7 +40,7 @@ def _decays(
     place = dt + sequence * dt_row + position[:, None].to(tl.int64) * dt_position + head[None, :]
     own = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     own += tl.load(dt_bias + head, mask=known, other=0.0)[None, :]
-    step = tl.where(own > 20.0, own, tl.log(1.0 + tl.exp(own)))
+    step = softplus(own)
     # A position that does not count has no time: it leaves the state as it is, and brings nothing (log2(0) is -inf).
     counts = position < tl.load(lengths + sequence * lengths_stride)
     step = tl.where(counts[:, None], step, 0.0)

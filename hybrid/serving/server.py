@@ -29,7 +29,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         listening.close()
-        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        other = "--host" if unknown else "--port"
         raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another {other}") from error
     return listening
 
