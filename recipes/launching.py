@@ -42,7 +42,7 @@ def launch(
     if size := os.environ.get("WORLD_SIZE"):  # under torchrun already, started by hand
         require(built, int(size))
         return processes.run_here(recipe, built)
-    refuse_under_way(member.folder)
+    watching.refuse_under_way(member.folder)
     if executor is None or isinstance(executor, Local | Docker | Slurm):
         where = executor or Local()
     else:
@@ -101,19 +101,6 @@ def note_what_was_fitted(members: Sequence[Member]) -> None:
     for note in dict.fromkeys(fitted(member.recipe) for member in members):
         if note:
             print(f"note: {note}", file=sys.stderr)
-
-
-def refuse_under_way(folder: Path) -> None:
-    """Raise ConfigError if the run in a folder is queued or running."""
-    if records.read(folder) is None:
-        return
-    found = watching.state(folder)
-    if found.status in ("queued", "running"):
-        message = (
-            f"the run '{found.name}' is {found.status}{f' ({found.detail})' if found.detail else ''}; wait for it, "
-            f"`hybrid cancel {found.name}`, or name this run otherwise (name=...)"
-        )
-        raise ConfigError(Problem("name", message))
 
 
 def until_interrupted(folder: Path, follow: Callable[[Path], int]) -> int:

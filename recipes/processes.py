@@ -1,7 +1,9 @@
 """A run on this machine: in this process, or in others under torchrun."""
 
+import fcntl
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from hybrid import atomic
 from hybrid.config import Settings
 from hybrid.errors import UserError
 from hybrid.training import folder as run_folder
+from hybrid.training import interrupt
 from recipes import plugins, records, watching, weights
 from recipes.executors import Local
 from recipes.records import Record
@@ -69,13 +72,18 @@ def run_here(recipe: "fdl.Partial[Any]", built: Settings) -> int:
         weights.run(recipe)
         return 0
     write_recipe(recipe, run)
-    with _recorded(run, os.getpid()) as ended:
+    with _starting(run):
+        _remember(run, os.getpid(), log=run_folder.LOG_FILE)
+    with _noting_the_end(run) as ended, interrupt.ends_at_once():
         ended.code = 1
         try:
             weights.run(recipe)
             ended.code = 0
         except UserError as error:
             ended.code = error.exit_code
+            raise
+        except KeyboardInterrupt:
+            ended.code = 128 + signal.SIGINT
             raise
         except SystemExit as error:
             ended.code = error.code if isinstance(error.code, int) else 1
@@ -97,9 +105,22 @@ class _Ended:
 
 
 @contextmanager
-def _recorded(run: Path, pid: int) -> Iterator[_Ended]:
-    """Remember that a run is going on in a process, and with what code it ended."""
-    _remember(run, pid, log=run_folder.LOG_FILE)
+def _starting(run: Path) -> Iterator[None]:
+    """Let one process at a time start a run, and record that it goes on. Raises ConfigError if it does already."""
+    with run_folder.writable(run):
+        descriptor = os.open(run, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        watching.refuse_under_way(run)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _noting_the_end(run: Path) -> Iterator[_Ended]:
+    """Write down with what code a run ended."""
     ended = _Ended()
     try:
         yield ended
@@ -128,23 +149,26 @@ def _remember(run: Path, pid: int, log: str) -> None:
 def _detach(command: list[str], environment: dict[str, str], run: Path) -> int:
     # A shell waits for the run and writes down how it ended; it takes no notice of what asks the run to stop.
     script = f'trap : TERM INT USR1; "$@"; code=$?; echo $code > {shlex.quote(str(run / _ENDED))}; exit $code'
-    with run_folder.writable(run), (run / CONSOLE_FILE).open("w") as output:
-        process = subprocess.Popen(
-            ["bash", "-c", script, "hybrid", *command],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    _remember(run, process.pid, log=CONSOLE_FILE)
+    with _starting(run):
+        with run_folder.writable(run), (run / CONSOLE_FILE).open("w") as output:
+            process = subprocess.Popen(
+                ["bash", "-c", script, "hybrid", *command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        _remember(run, process.pid, log=CONSOLE_FILE)
     print(f"{run.name} is started as process {process.pid}; `hybrid logs -f {run.name}` shows its output")
     return 0
 
 
 def _wait(command: list[str], environment: dict[str, str], run: Path) -> int:
-    process = subprocess.Popen(command, env=environment)
-    with _recorded(run, process.pid) as ended:
+    with _starting(run):
+        process = subprocess.Popen(command, env=environment)
+        _remember(run, process.pid, log=run_folder.LOG_FILE)
+    with _noting_the_end(run) as ended:
         while True:
             try:
                 ended.code = process.wait()

@@ -19,7 +19,7 @@ from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import writable
 from recipes import nodes, overrides, processes, records, typed, watching
 from recipes.executors import Executor, Local, Slurm
-from recipes.launching import absent, note_what_was_fitted, prepare, refuse_under_way, until_interrupted
+from recipes.launching import absent, note_what_was_fitted, prepare, until_interrupted
 from recipes.records import SWEEP_FILE
 from recipes.settle import settle
 from recipes.submitting import Member, submit
@@ -48,7 +48,7 @@ class Row:
     status: str = "unknown"
     step: int | None = None
     loss: float | None = None
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float | None] = field(default_factory=dict)
 
 
 def expand(arguments: Sequence[str]) -> list[Point]:
@@ -69,6 +69,19 @@ def expand(arguments: Sequence[str]) -> list[Point]:
         raise ConfigError(
             Problem("--sweep", "no override names several values; write for example optimizer.lr=1e-3,3e-3")
         )
+    keys = [overrides.parse(choices[number][0]).key for number in swept]
+    problems = [
+        Problem(key, "is swept twice; name all its values in one override") for key in set(keys) if keys.count(key) > 1
+    ]
+    problems += [
+        Problem(overrides.parse(options[0]).key, "names a value twice")
+        for options in choices
+        if len(set(options)) < len(options)
+    ]
+    if "name" in keys:
+        problems.append(Problem("name", "is that of the whole sweep, whose runs get numbers; give one"))
+    if problems:
+        raise ConfigError(problems)
     points = []
     for chosen in itertools.product(*choices):
         parsed = [overrides.parse(chosen[number]) for number in swept]
@@ -110,7 +123,7 @@ def launch_sweep(
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     for member in members:
-        refuse_under_way(member.folder)
+        watching.refuse_under_way(member.folder)
     note_what_was_fitted(members)
     name = members[0].built.name.removesuffix("-1")
     folder = members[0].folder.parent / name
@@ -199,17 +212,19 @@ def follow(folder: Path) -> int:
 
 
 def table(found: Sequence[Row]) -> str:
-    """The rows as text. A star marks the run with the lowest validation loss, or loss where there is none."""
+    """The rows as text. A star marks the run with the lowest loss, of the first held-out set where there is one."""
     keys = list(found[0].values)
     held_out = sorted({name for row in found for name in row.validation})
-    best = min(found, key=lambda row: next(iter(row.validation.values()), row.loss if row.loss is not None else 1e30))
+    losses = [row.validation.get(held_out[0]) if held_out else row.loss for row in found]
+    known = [(loss, number) for number, loss in enumerate(losses) if loss is not None]
+    best = found[min(known)[1]] if known else None
     lines = [["run", *keys, "state", "step", "loss", *(f"{name} loss" for name in held_out)]]
     for row in found:
         numbers = [row.loss, *(row.validation.get(name) for name in held_out)]
         shown = ["" if number is None else f"{number:.4f}" for number in numbers]
         values = [row.values[key] for key in keys]
         lines.append([row.run, *values, row.status, "" if row.step is None else str(row.step), *shown])
-        if row is best and row.loss is not None:
+        if row is best:
             lines[-1][-1] += " *"
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid import settings_file
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training import folder as run_folder
 from recipes import records
 from recipes.records import Record
@@ -57,8 +57,8 @@ class Job:
 @dataclass
 class State:
     """How a run stands. `step` of `steps` is the newest that is recorded, `loss` its loss, `validation` those of the
-    newest validation by the name of the held-out set, `bits_per_byte` likewise, `metrics` what else the newest step
-    recorded, times and speeds as medians of the newest steps.
+    newest validation by the name of the held-out set (None: not a number), `bits_per_byte` likewise, `metrics` what
+    else the newest step recorded, times and speeds as medians of the newest steps.
     """
 
     name: str
@@ -69,8 +69,8 @@ class State:
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
-    validation: dict[str, float] = field(default_factory=dict)
-    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float | None] = field(default_factory=dict)
+    bits_per_byte: dict[str, float | None] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     last_lines: list[str] = field(default_factory=list)
 
@@ -85,7 +85,9 @@ class State:
     def measured(self) -> Iterator[str]:
         """What `hybrid status` says of the newest metrics, line by line."""
         for name, loss in self.validation.items():
-            yield f"{name}: loss {loss:.4f}, {self.bits_per_byte[name]:.3f} bits per byte"
+            bits = self.bits_per_byte[name]
+            known = loss is not None and bits is not None
+            yield f"{name}: loss {loss:.4f}, {bits:.3f} bits per byte" if known else f"{name}: loss is not a number"
         if self.step and not self.validation:
             yield "no validation yet (trainer.eval_interval, and the end of the run)"
         at = self.metrics
@@ -113,6 +115,19 @@ def state(folder: Path) -> State:
     if status == "failed":
         found.last_lines = _last_lines(answer["log"])
     return found
+
+
+def refuse_under_way(folder: Path) -> None:
+    """Raise ConfigError if the run in a folder is queued or running."""
+    if records.read(folder) is None:
+        return
+    found = state(folder)
+    if found.status in ("queued", "running"):
+        message = (
+            f"the run '{found.name}' is {found.status}{f' ({found.detail})' if found.detail else ''}; wait for it, "
+            f"`hybrid cancel {found.name}`, or name this run otherwise (name=...)"
+        )
+        raise ConfigError(Problem("name", message))
 
 
 def follow(folder: Path, out: Any = None) -> int:
@@ -291,7 +306,7 @@ def _by_code(identity: str, code: int, state_then: str) -> Job:
     if state_then.startswith("COMPLETING:"):  # while it was running: somebody's scancel
         return Job(identity, "cancelled", "", code)
     if code in _STOPPED:
-        return Job(identity, "stopped", "saved, and goes on with the same command", code)
+        return Job(identity, "stopped", "goes on with the same command", code)
     return Job(identity, "failed", f"exit code {code}", code)
 
 
@@ -335,7 +350,7 @@ def _summary(jobs: list[Job]) -> tuple[Status, str]:
 
 def _progress(
     answer: dict[str, str],
-) -> tuple[int | None, int | None, float | None, dict[str, float], dict[str, float], dict[str, float]]:
+) -> tuple[int | None, int | None, float | None, dict[str, float | None], dict[str, float | None], dict[str, float]]:
     step, loss, validation, bits = None, None, {}, {}
     newest: deque[dict[str, float]] = deque(maxlen=_MEDIAN_STEPS)
     for entry in entries(answer["metrics"]):

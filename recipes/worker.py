@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from hybrid.errors import UserError
-from hybrid.training import provenance
+from hybrid.training import interrupt, provenance
 from recipes import weights
 from recipes.files import read_recipe
 
@@ -22,7 +23,10 @@ def main(path: Path) -> int:
         if rank == 0:
             for line in differing_versions(path.parent / VERSIONS_FILE):
                 print(line, flush=True)
-        weights.run(read_recipe(path))
+        with interrupt.ends_at_once():
+            weights.run(read_recipe(path))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hybrid import settings_file
+from hybrid import atomic, settings_file
 from hybrid.config import CheckpointConfig, Settings
 from hybrid.errors import ConfigError, Problem, UserError, nearest
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
@@ -30,6 +30,7 @@ UNFINISHED = ".saving-"
 
 # What may change between two starts of one run; anything else makes it another run.
 _MAY_CHANGE = (
+    "name",  # its folder was renamed, or copied
     "folder",
     "plugins",
     "parallel.tensor",
@@ -110,12 +111,35 @@ def set_aside_old(checkpoints: Path, keep: CheckpointConfig) -> list[Path]:
     return [path.rename(checkpoints / f"{UNFINISHED}old-{path.name}") for path in paths]
 
 
+def begun_with(run: Path) -> Settings | None:
+    """The settings of the run in a folder, None if it has no checkpoint yet: then it can be another run as well."""
+    step = latest_step(run / CHECKPOINTS)
+    if step is None:
+        return None
+    places = (run, checkpoint_folder(run / CHECKPOINTS, step))
+    return next((settings_file.read(place) for place in places if (place / SETTINGS_FILE).is_file()), None)
+
+
+def set_aside_damaged(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is not taken for one, nor kept in the place of a whole one.
+
+    Raises UserError if the run's folder cannot be written.
+    """
+    checkpoints, aside = checkpoint.parent, checkpoint.with_name(f"{checkpoint.name}.damaged")
+    with writable(checkpoints.parent):
+        if aside.exists():
+            shutil.rmtree(aside)
+        checkpoint.rename(aside)
+        atomic.write_text(checkpoints / TRACKER_FILE, str(latest_step(checkpoints)))
+    return aside
+
+
 def refuse_other_run(settings: Settings) -> None:
     """Raise ConfigError if the run's folder holds checkpoints of a run with other settings, for each that differs."""
     run = Path(settings.folder) / settings.name
-    if latest_step(run / CHECKPOINTS) is None or not (run / SETTINGS_FILE).is_file():
+    if (before := begun_with(run)) is None:
         return
-    changed = settings_file.differences(settings_file.read(run), settings)
+    changed = settings_file.differences(before, settings)
     problems = [
         Problem(field, f"is {new!r}, but the run in '{run}' has {old!r}; name this run otherwise (name=...)")
         for field, (old, new) in changed.items()

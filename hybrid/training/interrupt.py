@@ -8,11 +8,29 @@ and from a launcher that passes it on (`timeout`, `uv run`).
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 SAME_SECONDS = 0.5  # between two signals of one reason; a person who wants to end a run at once tries again
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def ends_at_once() -> Iterator[None]:
+    """Let these signals end the process with the exit code of `Interrupt.exit`: before and after the steps, when there
+    is nothing to save. Ctrl-C is KeyboardInterrupt, as always."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Interrupt:

@@ -1,6 +1,7 @@
 """The training loop: settings in, a run's folder with metrics and checkpoints out."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +69,8 @@ def _say_new_length(settings: Settings, latest: Path, say: Callable[[str], None]
 def _open_folder(settings: Settings, run: Path, world: World) -> None:
     """Make the run's folder, or take it up again if it holds the same run."""
     folder.refuse_other_run(settings)
+    if before := folder.begun_with(run):  # what it started from is no longer asked
+        settings = replace(settings, checkpoint=replace(settings.checkpoint, load=before.checkpoint.load))
     with folder.writable(run):
         run.mkdir(parents=True, exist_ok=True)
         settings_file.write(settings, run)
@@ -83,7 +86,8 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
         latest = resume.newest_whole(run / folder.CHECKPOINTS, world, report.say)
         if latest is not None and folder.step_of(latest) >= trainer.steps:
             step = folder.step_of(latest)
-            report.say(f"finished: step {step} of {trainer.steps} is done; raise trainer.max_steps to go on")
+            other = "; name=... starts another run from checkpoint.load" if settings.checkpoint.load else ""
+            report.say(f"finished: step {step} of {trainer.steps} is done; raise trainer.max_steps to go on{other}")
             return
         source = None if latest else _source(settings)
         tokenizer = _tokenizer(settings.data.tokenizer, latest)
@@ -101,7 +105,8 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
         if latest is not None:
             position = checkpoint.load(latest, settings, training)
             judge.remember(position.norms)
-            report.say(f"goes on from step {position.step}")
+            began = settings_file.read(latest).checkpoint.load if settings.checkpoint.load else None
+            report.say(f"goes on from step {position.step}{f'; it began from {began}' if began else ''}")
             _say_new_length(settings, latest, report.say)
             if position.data != datasets.fingerprint:
                 report.say("warning: the data has changed since; what follows is not what this run would have read")
@@ -217,6 +222,14 @@ class _Loop:
             for name, held_out in self.datasets.validation.items():
                 losses = self.stepper.validate(held_out, name)
                 self.report.validation(self.position.step, name, losses.mean, losses.bits_per_byte)
+                if not math.isfinite(losses.mean):
+                    self._not_finite(f"step {self.position.step}: the loss of {name} is {losses.mean}")
+
+    def _not_finite(self, what: str) -> None:
+        """The weights are of no use any more. Raises UserError, before they are saved, unless faults.on_nan says on."""
+        if self.settings.faults.on_nan == "stop":
+            raise UserError(f"{what}; lower optimizer.lr: the same command goes on from the checkpoint before")
+        self.report.say(f"warning: {what}")
 
     def _save(self, *, wait: bool) -> None:
         self.stepper.progress(f"saving step {self.position.step}")

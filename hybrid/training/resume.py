@@ -15,18 +15,21 @@ from hybrid.training.distributed import World
 def newest_whole(checkpoints: Path, world: World, tell: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose files are as they were written; None if there is none at all.
 
-    Says of each damaged one that it is passed over. Raises ConfigError if all are, or one is of a newer version.
+    Damaged ones that are newer are renamed, and that is said. Raises ConfigError if all are damaged, and leaves them as
+    they are, or if one is of a newer version.
     """
     steps = on_first_rank(lambda: folder.checkpoint_steps(checkpoints))
-    problems = []
+    problems: list[Problem] = []
     for step in reversed(steps):
         path = folder.checkpoint_folder(checkpoints, step)
         on_first_rank(lambda path=path: refuse_newer(path))
         damage = next(filter(None, world.texts(checksums.damage(path, world.rank, world.size))), "")
         if not damage:
+            for problem in problems:
+                aside = on_first_rank(lambda problem=problem: folder.set_aside_damaged(Path(problem.place)))
+                tell(f"warning: {problem}; it is {aside.name} now, and the one before it is taken")
             return path
         problems.append(Problem(str(path), f"this checkpoint is damaged ({damage})"))
-        tell(f"warning: {problems[-1]}; the one before it is taken")
     if problems:
         way_out = f"no checkpoint before it is whole; remove '{checkpoints}' to begin anew"
         raise ConfigError([*problems, Problem(str(checkpoints), way_out)])

@@ -165,14 +165,10 @@ class Saver:
         return Saved(final, pending.step, now - pending.began, pending.stalled + now - began, size)
 
     def _rename(self, unfinished: Path, final: Path) -> None:
-        replaced = self._checkpoints / f"{folder.UNFINISHED}replaced-{unfinished.name.rpartition('-')[2]}"
-        if final.exists():  # a damaged one, which the run did not go on from
-            final.rename(replaced)
         unfinished.rename(final)
         _sync(self._checkpoints)
         atomic.write_text(self._checkpoints / folder.TRACKER_FILE, str(folder.latest_step(self._checkpoints)))
         old = folder.set_aside_old(self._checkpoints, self._settings.checkpoint)
-        old += [replaced] if replaced.exists() else []
         self._removal = threading.Thread(target=_remove, args=(old,))
         self._removal.start()
 

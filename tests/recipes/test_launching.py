@@ -151,10 +151,27 @@ class TestRunsOnThisMachine:
         assert "saves and stops" in watching.cancel(run)
         assert (self.ended(run).status, self.ended(run).detail) == (
             "stopped",
-            "saved, and goes on with the same command",
+            "goes on with the same command",
         )
         with pytest.raises(UserError, match="toy is not running"):
             watching.cancel(run)
+
+    def test_of_two_that_start_it_at_once_one_is_refused(self, here: Path) -> None:
+        """The second has looked whether it is under way before the first had written that it is."""
+        script = (
+            "import sys, time; from pathlib import Path; from recipes import processes as p; run = Path('runs/toy')\n"
+        )
+        script += (
+            "with p._starting(run): print(1, flush=True); time.sleep(1); p._remember(run, p.os.getpid(), 'log.txt')\n"
+        )
+        (here / "runs" / "toy").mkdir(parents=True)
+        path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        first = subprocess.Popen([sys.executable, "-c", script + "time.sleep(60)"], stdout=subprocess.PIPE, env=path)
+        assert first.stdout is not None and first.stdout.readline() == b"1\n"
+        with pytest.raises(ConfigError, match="the run 'toy' is running"), processes._starting(here / "runs" / "toy"):
+            pass
+        first.kill()
+        first.wait()
 
     def test_a_run_that_is_killed(self, here: Path) -> None:
         run = self.start(here, "import time; time.sleep(60)")
@@ -222,7 +239,7 @@ class TestRunsOnThisMachine:
         def full(path: Path, text: str) -> None:
             raise OSError(28, "No space left on device")
 
-        with pytest.raises(UserError, match="not saved"), processes._recorded(here / "toy", os.getpid()):
+        with pytest.raises(UserError, match="not saved"), processes._noting_the_end(here / "toy"):
             monkeypatch.setattr(atomic, "write_text", full)
             raise UserError("this checkpoint was not saved")
 
@@ -268,6 +285,25 @@ class TestSweeps:
         with pytest.raises(ConfigError) as error:
             sweeps.launch_sweep(points, lambda words: apply(tiny(), words), Local(devices=1))
         assert list(problems(error)) == ["tiny-1: trainer.global_batch_size", "tiny-3: trainer.global_batch_size"]
+
+    def test_the_best_is_the_best_of_those_that_can_be_compared(self) -> None:
+        rows = [
+            sweeps.Row("a-1", {"lr": "1"}, "finished", 6, 2.9, {"validation": 3.1}),
+            sweeps.Row("a-2", {"lr": "2"}, "stopped", 3, 2.0),  # before its validation
+            sweeps.Row("a-3", {"lr": "3"}, "finished", 6, None, {"validation": None}),  # not a number
+        ]
+        starred = [line for line in sweeps.table(rows).splitlines() if line.endswith("*")]
+        assert [line.split()[0] for line in starred] == ["a-1"]
+        assert "*" not in sweeps.table(rows[2:])
+
+    def test_values_that_would_make_the_same_run_twice_are_refused(self) -> None:
+        with pytest.raises(ConfigError) as error:
+            sweeps.expand(["optimizer.lr*=2,3", "optimizer.lr*=5,7", "trainer.max_steps=2,2", "name=a,b"])
+        assert problems(error) == {
+            "optimizer.lr": "is swept twice; name all its values in one override",
+            "trainer.max_steps": "names a value twice",
+            "name": "is that of the whole sweep, whose runs get numbers; give one",
+        }
 
     def test_the_table_marks_the_best(self) -> None:
         rows = [

@@ -147,7 +147,7 @@ def test_a_warning_and_a_node_that_fails_are_no_end(place: Place) -> None:
     assert "== stopped; queued again, 1 of 2" in done.stdout
     assert "== stopped; not queued again, that was done 2 times" in done.stdout
     assert done.returncode == 138
-    assert place.status("long") == "long is stopped: saved, and goes on with the same command"
+    assert place.status("long") == "long is stopped: goes on with the same command"
 
 
 def test_a_queued_job_can_be_cancelled_and_an_unknown_account_is_refused_where_there_are_accounts(place: Place) -> None:

@@ -62,13 +62,37 @@ def test_a_changed_byte_is_found_and_the_checkpoint_before_is_used(
     train(copied)
     said = " ".join(capsys.readouterr().out.split())
     assert "iter_0000006: this checkpoint is damaged (the checksum of __0_0.distcp is another one than" in said
-    assert "the one before it is taken" in said
+    assert "it is iter_0000006.damaged now, and the one before it is taken" in said
     assert "goes on from step 4" in said
     # Written again, whole, and with the losses that were there before.
     assert checksums.damage(checkpoints(copied) / "iter_0000006") == ""
     losses = toy.metrics(copied)
     assert list(losses) == list(range(1, 9))
     assert [losses[step] for step in range(1, 7)] == list(toy.metrics(finished).values())
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_the_place_of_a_whole_one(copied: Settings) -> None:
+    _flip_a_byte(checkpoints(copied) / "iter_0000006")
+    shorter = replace(copied.trainer, max_steps=5)
+    train(replace(copied, trainer=shorter, checkpoint=replace(copied.checkpoint, keep_last=1)))
+    assert {path.name for path in checkpoints(copied).glob("iter_*")} == {"iter_0000005", "iter_0000006.damaged"}
+    assert checksums.damage(checkpoints(copied) / "iter_0000005") == ""
+    train(replace(copied, trainer=replace(copied.trainer, max_steps=6)))
+    assert (checkpoints(copied) / "iter_0000006").is_dir()
+
+
+def test_a_run_is_known_by_its_checkpoints_where_its_settings_are_gone(finished: Settings, copied: Settings) -> None:
+    (Path(copied.folder) / "whole/settings.json").unlink()
+    other = replace(copied, optimizer=replace(copied.optimizer, lr=1.0))
+    with pytest.raises(ConfigError, match=r"optimizer.lr: is 1.0, but the run in .* has"):
+        train(other)
+
+
+def test_a_run_whose_folder_was_renamed_goes_on(copied: Settings) -> None:
+    (Path(copied.folder) / "whole").rename(Path(copied.folder) / "renamed")
+    longer = replace(copied.trainer, max_steps=copied.trainer.max_steps + 1)
+    train(replace(copied, name="renamed", trainer=longer))
+    assert (Path(copied.folder) / "renamed/checkpoints/iter_0000009").is_dir()
 
 
 def test_a_file_cut_off_or_missing_is_found_without_reading_the_rest(copied: Settings) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,26 @@ def test_a_run_of_another_model_is_refused_field_by_field(finished: Settings) ->
     assert [problem.place for problem in error.value.problems] == ["model.hidden_size", "model.mamba_state_dim"]
     assert "is 64, but the run in" in str(error.value)
     assert "has 32; name this run otherwise" in str(error.value)
+
+
+def test_a_validation_that_is_not_a_number_ends_the_run_before_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hybrid.training.step import Stepper
+
+    whole = Stepper.validate
+
+    def broken(self: Stepper, held_out: Any, name: str) -> Any:
+        losses = whole(self, held_out, name)
+        return replace(losses, total=float("nan"))
+
+    monkeypatch.setattr(Stepper, "validate", broken)
+    run = toy.settings(tmp_path, steps=2)
+    with pytest.raises(UserError, match=r"step 2: the loss of validation is nan; lower optimizer\.lr"):
+        train(run)
+    assert not list((tmp_path / "whole/checkpoints").glob("iter_*"))
+    train(replace(run, faults=replace(run.faults, on_nan="skip")))
+    assert "warning: step 2: the loss of validation is nan" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named(finished: Settings, tmp_path: Path) -> None:
