@@ -31,7 +31,7 @@ _RANGES: list[tuple[str, Callable[[float], bool], dict[str, str]]] = [
             "parallel": "tensor pipeline context expert",
             "data": "sequence_length",
             "optimizer": "decay_samples wsd_decay_samples",
-            "trainer": "max_steps max_samples micro_batch_size global_batch_size log_interval seed memory_snapshot",
+            "trainer": "max_steps max_samples micro_batch_size global_batch_size log_interval memory_snapshot",
             "checkpoint": "save_interval",
             "faults": "limit",
         },
@@ -57,6 +57,11 @@ _RANGES: list[tuple[str, Callable[[float], bool], dict[str, str]]] = [
         "at least 0 and below 1",
         lambda value: 0 <= value < 1,
         {"model": "hidden_dropout attention_dropout", "optimizer": "beta1 beta2"},
+    ),
+    (
+        "from 1 to 2147483647",  # NumPy's takes 32 bits; 100 are added for each pipeline stage
+        lambda value: 1 <= value < 2**31,
+        {"trainer": "seed"},
     ),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, {"model": "rotary_percent"}),
 ]

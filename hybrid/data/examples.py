@@ -30,6 +30,15 @@ class Example:
 
     def __call__(self, record: dict[str, Any]) -> list[Part]:
         """Return given and learned parts in turn. Raises ValueError."""
+        parts = self._parts(record)
+        try:
+            for part in parts:
+                part.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text holds half of a surrogate pair, which is no character") from error
+        return parts
+
+    def _parts(self, record: dict[str, Any]) -> list[Part]:
         if "messages" in record:
             return chat.conversation(self.template, record["messages"], tools=record.get("tools"))
         response = next((name for name in RESPONSES if name in record), None)

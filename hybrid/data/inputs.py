@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shlex
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from hybrid.data.corpus import SNIFF_BYTES, describe_skipped, looks_like_text
 from hybrid.data.encode import BLOCK_BYTES, Block, Document, Texts
 from hybrid.errors import ConfigError, Problem, UserError, nearest
 
+OUTPUT_ENDS = (".bin", ".idx", ".json", ".unfinished/")
 _COMPRESSED = (".gz", ".zst")
 _JSON = (".jsonl", ".json", ".ndjson")
 
@@ -47,22 +49,27 @@ class BadDocument(UserError):
         return f"'{path}', {where}: {reason}"
 
 
-def find_inputs(names: list[str], place: str = "INPUT", left_out: Counter[str] | None = None) -> list[InputFile]:
+def find_inputs(
+    names: list[str], place: str = "INPUT", left_out: Counter[str] | None = None, output: Path | None = None
+) -> list[InputFile]:
     """Return the files, and the files of the folders, in the order given and by name within a folder.
 
     `.jsonl`, `.json` and `.ndjson` are JSON lines, `.parquet` is Parquet, any other file is one document of text; all
     but Parquet may be compressed (`.gz`, `.zst`). With `left_out`, files of a folder that are empty or, being of no
-    known kind, not text are passed over and counted there, by the reason. Raises ConfigError for all else that is
+    known kind, not text are passed over and counted there, by the reason. What a preparation to the prefix `output` has
+    written into a folder is none of its files. Raises ConfigError for all else that is
     missing, unreadable or empty.
     """
     files: list[InputFile] = []
     problems: list[Problem] = []
+    written = () if output is None else tuple(f"{output.resolve()}{end}" for end in OUTPUT_ENDS)
     for name in names:
         path = Path(name).expanduser()
         passed_over = left_out if path.is_dir() else None
         before = len(files) + len(problems)
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+            found = [p for p in found if not str(p.resolve()).startswith(written)] if written else found
         else:
             found = [path]
         for each in found:
@@ -173,10 +180,13 @@ class TextFiles:
         return sum(path.stat().st_size for path in self.paths)
 
     def documents(self) -> Iterable[Document]:
-        """Read the files. Raises BadDocument for one that is not UTF-8."""
+        """Read the files. Raises BadDocument for one that is not UTF-8 or cannot be unpacked."""
         for path in self.paths:
-            with _open(path) as file:
-                text = file.read()
+            try:
+                with _open(path) as file:
+                    text = file.read()
+            except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
+                raise BadDocument(path, "whole file", f"it cannot be unpacked ({error})") from error
             try:
                 yield text.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -286,9 +296,7 @@ def _count_lines(file: BinaryIO, stop: int) -> int:
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.open(path)  # pyright: ignore[reportReturnType]
-    if path.suffix == ".zst":
-        return _library("zstandard").open(path, "rb")
-    return path.open("rb")
+    return io.BufferedReader(_Zstd(path.open("rb"))) if path.suffix == ".zst" else path.open("rb")
 
 
 def _compressed_blocks(file: InputFile, pick: Pick) -> Iterator[Block]:
@@ -301,7 +309,7 @@ def _compressed_blocks(file: InputFile, pick: Pick) -> Iterator[Block]:
                 if data:
                     yield Lines(file.path, pick, line, data, raw.tell() - read)
                     line, read = line + data.count(b"\n"), raw.tell()
-        except (OSError, EOFError, *_zstd_errors()) as error:
+        except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
             raise BadDocument(file.path, f"after line {line - 1}", f"it cannot be unpacked ({error})") from error
         if rest:
             yield Lines(file.path, pick, line, rest, raw.tell() - read)
@@ -310,7 +318,43 @@ def _compressed_blocks(file: InputFile, pick: Pick) -> Iterator[Block]:
 def _unpacked(raw: BinaryIO, path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    return _library("zstandard").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return io.BufferedReader(_Zstd(raw))
+
+
+class _Begin:
+    """What stands for the frame before the first one."""
+
+    eof, unused_data = True, b""
+
+
+class _Zstd(io.RawIOBase):
+    """Reads zstd frames, one after the other; raises EOFError where the last one is cut off, which the library's own
+    reader takes for the end."""
+
+    def __init__(self, raw: BinaryIO):
+        self._raw, self._made = raw, memoryview(b"")
+        self._frame: Any = _Begin()
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer with what comes next; returns how many bytes of it, 0 at the end."""
+        while not self._made:
+            ended = self._frame.eof
+            data = (self._frame.unused_data if ended else b"") or self._raw.read(1 << 17)
+            if not data and not ended:
+                raise EOFError("the file is cut off")
+            if not data:
+                return 0
+            if ended:
+                self._frame = _library("zstandard").ZstdDecompressor().decompressobj()
+            self._made = memoryview(self._frame.decompress(data))
+        count = min(len(buffer), len(self._made))
+        buffer[:count] = self._made[:count]
+        self._made = self._made[count:]
+        return count
 
 
 def _zstd_errors() -> tuple[type[Exception], ...]:

@@ -95,10 +95,10 @@ def prepare_files(
     read (file and line), a full disk, or another process that writes to the same output.
     """
     left_out: Counter[str] = Counter()
-    files = find_inputs(inputs, left_out=left_out)
+    prefix = Path(output).expanduser()
+    files = find_inputs(inputs, left_out=left_out, output=prefix)
     if left_out and not quiet:
         print(f"left out: {describe_skipped(left_out)}", file=sys.stderr)
-    prefix = Path(output).expanduser()
     fingerprint = _fingerprint(files, tokenizer, key)
     if (finished := _finished(prefix, fingerprint)) is not None:
         return finished

@@ -167,7 +167,16 @@ def _split(examples: Examples, counts: dict[str, int], data: DataConfig) -> dict
     if count <= sum(held):
         message = f"leaves none of the {count} examples to train on: set it to [1, 0, 0], or give data.validation_path"
         raise ConfigError(Problem("data.split", message))
-    parts = np.split(order, [count - sum(held), count - held[1]])
+    known = [digests[index] for index in order]
+    cuts = [count - sum(held), count - held[1]]
+    for number, cut in enumerate(cuts):
+        while 0 < cut < count and known[cut - 1] == known[cut]:  # both of them on one side
+            cut -= 1
+        cuts[number] = cut
+    if not cuts[0]:
+        message = f"leaves nothing to train on: the {count} examples are one and the same; set it to [1, 0, 0]"
+        raise ConfigError(Problem("data.split", message))
+    parts = np.split(order, cuts)
     return dict(zip(SPLITS, (np.sort(part) for part in parts), strict=True))
 
 

@@ -15,6 +15,7 @@ import torch
 from hybrid import settings_file
 from hybrid.checks import require
 from hybrid.config import Settings
+from hybrid.costs import parameters
 from hybrid.costs.hardware import GIB
 from hybrid.costs.pipeline import stage_pattern
 from hybrid.data.datasets import Datasets, build_datasets
@@ -115,8 +116,7 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
             checkpoint.load_weights(source, [checkpoint.unwrap(chunk) for chunk in training.chunks])
             training.optimizer.reload_model_params()
             report.say(f"starts from the weights in {source}")
-        parameters = world.total(training.parameters() / _copies(settings, world))[0]
-        report.say(f"{parameters:,.0f} parameters; run folder {run}")
+        report.say(f"{parameters.whole(settings).total:,} parameters; run folder {run}")
         if world.is_main:
             report.sinks = trackers.connect(settings, run)
         report.begin(position.step)
@@ -173,7 +173,7 @@ class _Loop:
                 if values is not None:
                     values |= {"samples": self.position.samples, "step_seconds": seconds} | rates.of(tokens, seconds)
                     values |= {f"{phase}_seconds": spent for phase, spent in phases.items()} | over_ranks(*of_ranks[:3])
-                    self.report.step(step, values, tokens, seconds, write=step % trainer.log_interval == 0)
+                    self.report.step(step, values, tokens, seconds, write=last or step % trainer.log_interval == 0)
                 for line in profiling.after(step):
                     self.report.say(line)
                 with clock("save"):
@@ -279,11 +279,6 @@ def _tokenizer(spec: str, latest: Path | None) -> Tokenizer:
         if latest is None or not (latest / folder.TOKENIZER).is_dir():
             raise
         return load_tokenizer(str(latest / folder.TOKENIZER))
-
-
-def _copies(settings: Settings, world: World) -> int:
-    """Ranks that hold the same parameters."""
-    return world.size // (settings.parallel.tensor * settings.parallel.pipeline)
 
 
 def _device_name(device: torch.device) -> str:

@@ -34,10 +34,6 @@ class Training:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
-    def parameters(self) -> int:
-        """Parameters this rank holds."""
-        return sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
-
     def release(self) -> None:
         """Let the model be freed when nobody has it any more.
 

@@ -76,6 +76,30 @@ def test_a_text_file_is_one_document_and_a_folder_all_in_it(tmp_path):
     assert read(tmp_path / "b", tmp_path / "a.md") == ["code", "packed", "line", "first\nsecond", "alone"]
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_that_is_cut_off_is_not_taken_for_a_whole_one(tmp_path, name):
+    documents = [f"{number:60}" for number in range(5000)]  # in lines that may end where a block of the packer does
+    path = compress(tmp_path / name, lines(documents) if "jsonl" in name else "".join(documents).encode())
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(inputs.BadDocument, match=r"cannot be unpacked"):
+        read(path)
+
+
+def test_zstd_frames_follow_each_other_as_gzip_members_do(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(lines([document])) for document in DOCUMENTS))
+    assert read(path) == DOCUMENTS
+
+
+def test_what_a_preparation_writes_into_the_folder_is_not_read(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "out.unfinished").mkdir()
+    for name in ("out.unfinished/journal.json", "out.bin", "out.idx", "out.json", "outer.json"):
+        (tmp_path / name).write_text("{}")
+    found = inputs.find_inputs([str(tmp_path)], output=tmp_path / "out")
+    assert [file.path.name for file in found] == ["a.txt", "outer.json"]
+
+
 def test_what_is_no_text_in_a_folder_is_passed_over_and_counted(tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()

@@ -81,8 +81,7 @@ def test_shares_of_one_file_and_none_in_two_of_them(tmp_path):
     train = responses(datasets.train, 60)
     held = responses(datasets.validation["validation"], len(datasets.validation["validation"]))  # pyright: ignore
     assert len(datasets.test) == 1 and held
-    # 40 examples, each twice there: a pair that the edge of a share parts is in both.
-    assert len(train & held) <= 1
+    assert not train & held
     assert [note.split(" in ")[0] for note in datasets.notes] == [
         "train 32 examples",
         "validation 4 examples",
@@ -161,6 +160,12 @@ def test_examples_that_are_too_long_are_refused_truncated_or_dropped(tmp_path):
         ("a.jsonl", '{"text": "a"}', BadDocument, "line 1: there is neither 'messages' nor 'prompt'"),
         (
             "a.jsonl",
+            '{"prompt": "a\\ud800", "response": "b"}',
+            BadDocument,
+            "line 1: a text holds half of a surrogate pair",
+        ),
+        (
+            "a.jsonl",
             '\n{"messages": [{"role": "user", "content": "a"}]}',
             BadDocument,
             "line 2: there is no message of",
@@ -174,6 +179,19 @@ def test_files_that_cannot_be_used_are_said_before_the_first_step(tmp_path, name
         build(run(tmp_path, tmp_path / name))
     assert isinstance(error.value, UserError)
     assert not list((tmp_path / "cache").rglob("*.unfinished"))
+
+
+def test_examples_that_are_the_same_are_on_one_side(tmp_path):
+    examples = write(tmp_path / "a.jsonl", pairs(3) * 10)
+    split = run(tmp_path, examples)
+    split.data.split = [50, 50, 0]
+    found = build(split)
+    rows = (found.train[0], found.validation["validation"][0])
+    train, held_out = ({learned for learned in text(row, learned=False) if "=" in learned} for row in rows)
+    assert train and held_out and not train & held_out
+    with pytest.raises(ConfigError, match=r"data.split: leaves nothing to train on: the 30 examples are one and"):
+        split.data.path = str(write(tmp_path / "b.jsonl", pairs(1) * 30))
+        build(split)
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path):
