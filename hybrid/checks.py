@@ -158,7 +158,7 @@ def _world(settings: Settings, world_size: int | None) -> Iterator[Problem]:
     way_out = ""
     if trainer.global_batch_size < replicas * trainer.micro_batch_size:
         fewer = trainer.global_batch_size // trainer.micro_batch_size * parallel.model_size
-        way_out = f"; or use at most {fewer} processes" if fewer else ""
+        way_out = f"; or use at most {fewer} process{'es' if fewer > 1 else ''}" if fewer else ""
     yield from multiple_of(
         "trainer.global_batch_size",
         trainer.global_batch_size,
@@ -301,5 +301,5 @@ def _data(settings: Settings) -> Iterator[Problem]:
             f"is {settings.model.vocab_size}, but the byte tokenizer has {BYTE_VOCABULARY} tokens; "
             f"nearest: {BYTE_VOCABULARY}",
         )
-    if settings.name in ("", ".", "..") or set(settings.name) & set("/\\\0\n"):
+    if settings.name[:1] in ("", ".", "-") or set(settings.name) & set("/\\\0\n"):
         yield Problem("name", f"is {settings.name!r}, but the run's folder is called so: use letters, digits, - and _")
