@@ -123,7 +123,8 @@ def _loss(state: "State") -> str:
 
 
 def _bits(state: "State") -> str:
-    return f"{next(iter(state.bits_per_byte.values())):.3f}" if state.bits_per_byte else ""
+    bits = next(iter(state.bits_per_byte.values()), None)
+    return f"{bits:.3f}" if bits is not None else "nan" if state.bits_per_byte else ""
 
 
 def _speed(state: "State") -> str:

@@ -3,7 +3,6 @@
 import fcntl
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -74,16 +73,14 @@ def run_here(recipe: "fdl.Partial[Any]", built: Settings) -> int:
     write_recipe(recipe, run)
     with _starting(run):
         _remember(run, os.getpid(), log=run_folder.LOG_FILE)
-    with _noting_the_end(run) as ended, interrupt.ends_at_once():
+    with _noting_the_end(run) as ended:
         ended.code = 1
         try:
-            weights.run(recipe)
+            with interrupt.ends_at_once():
+                weights.run(recipe)
             ended.code = 0
         except UserError as error:
             ended.code = error.exit_code
-            raise
-        except KeyboardInterrupt:
-            ended.code = 128 + signal.SIGINT
             raise
         except SystemExit as error:
             ended.code = error.code if isinstance(error.code, int) else 1

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SAVE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from hybrid.training import interrupt
+
 _LAST_LINES = 30
 
 
@@ -41,11 +42,12 @@ def main(logs: Path, arguments: list[str]) -> int:
 
 
 def _run(own: Path, node: int, arguments: list[str]) -> int:
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    with interrupt.ends_at_once():
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for number in SAVE_SIGNALS:
+    for number in interrupt.SIGNALS:
         signal.signal(number, _pass_on)
     shutil.rmtree(own, ignore_errors=True)
     try:
@@ -100,7 +102,7 @@ def _report(error: Any, own: Path) -> int:
     rank, failure = error.get_first_failure()
     died = failure.exitcode < 0
     code = 128 - failure.exitcode if died else failure.exitcode
-    if code in [128 + number for number in SAVE_SIGNALS]:
+    if code in [128 + number for number in interrupt.SIGNALS]:
         return code  # asked to stop, and said so itself
     how = f"died of {signal.Signals(-failure.exitcode).name}" if died else f"ended with exit code {code}"
     written = next(own.glob(f"*/attempt_*/{failure.local_rank}/stderr.log"), None)

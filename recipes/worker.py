@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,8 +24,6 @@ def main(path: Path) -> int:
                 print(line, flush=True)
         with interrupt.ends_at_once():
             weights.run(read_recipe(path))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except UserError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -20,14 +20,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 @contextmanager
 def ends_at_once() -> Iterator[None]:
     """Let these signals end the process with the exit code of `Interrupt.exit`: before and after the steps, when there
-    is nothing to save. Ctrl-C is KeyboardInterrupt, as always."""
+    is nothing to save. Also where an import that was interrupted fails in a way of its own."""
+    received = 0
 
     def end(number: int, _: FrameType | None) -> None:
+        nonlocal received
+        received = number
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in SIGNALS if number != signal.SIGINT}
+    before = {number: signal.signal(number, end) for number in SIGNALS}
     try:
         yield
+    except Exception as error:
+        if received:
+            raise SystemExit(128 + received) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
