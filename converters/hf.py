@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters import aliases, naming, safefile, torchfile
+from converters import aliases, hf_checks, naming, safefile, torchfile
 from converters.checkpoint import Checkpoint, companions_of, complete
 from converters.hf_families import FAMILIES, REFUSED, Family
 from converters.tensors import Tensor, cat, select, split
@@ -34,6 +34,7 @@ def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) ->
     folder = find(path)
     assert folder is not None
     config = _config(folder)
+    hf_checks.check_types(config)
     name = family_of(config, folder)
     family = FAMILIES[name]
     tensors = _tensors(folder, allow)

@@ -8,6 +8,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from converters.hf_checks import (
+    GATED_NORM_EPSILON,
+    fixed,
+    gated_norm,
+    mamba_biases,
+    refuse,
+    same_epsilon,
+    silu,
+    time_step_limit,
+)
 from hybrid.config import ModelConfig
 from hybrid.errors import ConfigError, Problem
 
@@ -40,14 +50,14 @@ _ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu"}
 
 
 def nemotron_h_fields(config: Json) -> Json:
-    """What a config of NemotronH says of a model. Raises ConfigError for an activation our config has not."""
+    """What a config of NemotronH says of a model. Raises ConfigError for each setting that our model has not."""
     symbols = {**{block: symbol for symbol, block in _BLOCKS.items()}, "mamba": "M", "attention": "*"}
     blocks = config.get("layers_block_type") or config.get("layer_types")
     pattern = config.get("hybrid_override_pattern") or "".join(symbols.get(str(block), "?") for block in blocks or [])
     if "?" in pattern:
         strange = ", ".join(sorted({str(block) for block in blocks or []} - symbols.keys()))
         raise ConfigError(Problem("layers_block_type", f"has {strange}; the known ones are {', '.join(symbols)}"))
-    activation = config.get("mlp_hidden_act", "relu2")
+    activation = config.get("mlp_hidden_act") or "relu2"
     found = _pick(
         config,
         {
@@ -55,8 +65,8 @@ def nemotron_h_fields(config: Json) -> Json:
             "ssm_state_size": "mamba_state_dim",
             "n_groups": "mamba_num_groups",
             "chunk_size": "mamba_chunk_size",
-            "layer_norm_epsilon": "norm_epsilon",
             "rms_norm_eps": "norm_epsilon",
+            "layer_norm_epsilon": "norm_epsilon",  # where both are there, transformers takes this one
             "initializer_range": "init_std",
         },
     )
@@ -71,16 +81,29 @@ def nemotron_h_fields(config: Json) -> Json:
                 "head_dim": "attention_head_dim",
             },
         )
+    problems: list[Problem] = []
+    if "M" in pattern:
+        problems += silu(config, "mamba_hidden_act", "the Mamba layers")
+        for name in ("time_step_limit", "mamba_dt_limit"):
+            problems += time_step_limit(config, name)
+        problems += mamba_biases(config, "use_conv_bias", "use_bias")
+        problems += fixed(config, "mamba_conv_bias", (True,), "the convolutions of our Mamba layers always have a bias")
+        problems += gated_norm(config, "layer_norm_epsilon", "rms_norm_eps")
     if "E" in pattern:
         found |= _pick(config, {"num_experts_per_tok": "moe_top_k", "routed_scaling_factor": "moe_routed_scale"})
         found |= {"moe_router_score": "sigmoid", "moe_expert_bias": True}
         for name, value in (("n_group", 1), ("topk_group", 1), ("norm_topk_prob", True)):
-            if config.get(name, value) != value:
-                raise ConfigError(Problem(name, f"is {config[name]}; our router knows only {value}"))
+            problems += fixed(config, name, (value,), f"our router knows only {value}")
+        problems += fixed(config, "moe_latent_size", (), "our experts take hidden states as wide as they are")
+        for name in ("mlp_bias", *(["attention_bias"] if "*" in pattern else [])):
+            problems += fixed(config, name, (False,), "experts of our model have no biases, and then no layer has")
+    elif {"*", "-"} <= set(pattern):
+        problems += _unequal_biases(config)
     if set(pattern) & set("-E"):
         found["activation"] = {hf: ours for ours, hf in _ACTIVATIONS.items()}.get(activation)
         if found["activation"] is None:
-            raise ConfigError(Problem("mlp_hidden_act", f"is '{activation}'; our config has gelu and squared_relu"))
+            problems.append(Problem("mlp_hidden_act", f"is '{activation}'; our config has gelu and squared_relu"))
+    refuse(problems)
     return found
 
 
@@ -136,7 +159,7 @@ def nemotron_h_config(model: ModelConfig, base: Json) -> Json:
 def nemotron_h_obstacles(model: ModelConfig) -> list[str]:
     """Why a model cannot be NemotronH."""
     layers = model.pattern.layers
-    result = _rms_norm(model)
+    result = _rms_norm(model) + _gated_norm(model)
     if model.mamba_version == 1 and "M" in layers:
         result.append("its Mamba layers are Mamba-2, these are Mamba-1")
     if model.activation == "swiglu" and set(layers) & set("-E"):
@@ -147,6 +170,8 @@ def nemotron_h_obstacles(model: ModelConfig) -> list[str]:
         result.append("its MoE layers have a shared expert, these have none")
     if "E" in layers and not model.moe_expert_bias:
         result.append("its router has a bias per expert, this one has none")
+    if "E" in layers and model.add_linear_bias:
+        result.append("its experts have no biases, these have")
     if "E" in layers and model.moe_router_score != "sigmoid":
         result.append(f"its router scores with a sigmoid, this one with a {model.moe_router_score}")
     return result
@@ -156,7 +181,7 @@ def nemotron_h_obstacles(model: ModelConfig) -> list[str]:
 
 
 def mamba_fields(config: Json) -> Json:
-    """What a config of transformers' Mamba or Mamba-2 says of a model."""
+    """What a config of transformers' Mamba or Mamba-2 says of a model. Raises ConfigError as `nemotron_h_fields`."""
     names = {
         "vocab_size": "vocab_size",
         "state_size": "mamba_state_dim",
@@ -166,6 +191,10 @@ def mamba_fields(config: Json) -> Json:
     version = 2 if config.get("model_type") == "mamba2" else 1
     if version == 2:
         names |= {"n_groups": "mamba_num_groups", "chunk_size": "mamba_chunk_size"}
+    problems = silu(config, "hidden_act", "the Mamba layers") + mamba_biases(config, "use_conv_bias", "use_bias")
+    if version == 2:
+        problems += time_step_limit(config) + gated_norm(config, "layer_norm_epsilon")
+    refuse(problems)
     layers = config.get("num_hidden_layers") or config.get("n_layer")
     pattern = "M" * layers if isinstance(layers, int) else None
     return _pick(config, names) | {"layer_pattern": pattern, "mamba_version": version, "position_embedding": "none"}
@@ -200,7 +229,7 @@ def pure_obstacles(version: int) -> Callable[[ModelConfig], list[str]]:
     """Why a model cannot be transformers' Mamba of this version."""
 
     def obstacles(model: ModelConfig) -> list[str]:
-        result = _rms_norm(model) + _only("M", model)
+        result = _rms_norm(model) + _gated_norm(model) + _only("M", model)
         if model.mamba_version != version:
             result.append(f"its layers are Mamba-{version}, these are Mamba-{model.mamba_version}")
         if model.mamba_inner_size % model.hidden_size:
@@ -214,7 +243,7 @@ def pure_obstacles(version: int) -> Callable[[ModelConfig], list[str]]:
 
 
 def bamba_fields(config: Json) -> Json:
-    """What a config of Bamba says of a model."""
+    """What a config of Bamba says of a model. Raises ConfigError as `nemotron_h_fields`."""
     attention = set(config.get("attn_layer_indices") or [])
     layers = config.get("num_hidden_layers")
     pattern = "".join("*-" if i in attention else "M-" for i in range(layers)) if isinstance(layers, int) else None
@@ -230,14 +259,25 @@ def bamba_fields(config: Json) -> Json:
         },
     )
     found |= {"layer_pattern": pattern, "mamba_version": 2, "activation": "swiglu", "position_embedding": "none"}
+    problems = silu(config, "hidden_act", "the Mamba layers and gated MLPs")
+    if not pattern or "M" in pattern:
+        problems += time_step_limit(config) + mamba_biases(config, "mamba_conv_bias", "mamba_proj_bias")
+        problems += gated_norm(config, "rms_norm_eps")
     if attention:
-        rope = config.get("rope_parameters") or {}
+        problems += _unequal_biases(config)
         found |= _pick(
             config, {"num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups"}
         )
         # transformers rotates half of each head, whatever the config says.
         found |= {"position_embedding": "rope", "rotary_percent": 0.5}
-        found["rotary_base"] = int(rope.get("rope_theta", config.get("rope_theta", 10000)))
+        for place in ("rope_parameters", "rope_scaling"):
+            for name in ("rope_type", "type"):
+                problems += fixed(config, f"{place}.{name}", ("default",), "our rotary positions are not scaled")
+        base = (config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000
+        if base != int(base):
+            problems.append(Problem("rope_theta", f"is {base}; our config has whole numbers only (rotary_base)"))
+        found["rotary_base"] = int(base)
+    refuse(problems)
     return found
 
 
@@ -276,7 +316,7 @@ def bamba_config(model: ModelConfig, base: Json) -> Json:
 def bamba_obstacles(model: ModelConfig) -> list[str]:
     """Why a model cannot be Bamba."""
     layers = model.pattern.layers
-    result = _rms_norm(model)
+    result = _rms_norm(model) + _gated_norm(model)
     if not re.fullmatch(r"((M|\*)-)+", layers):
         result.append(f"its layers are pairs 'M-' and '*-', these are '{layers}'")
     if model.activation != "swiglu":
@@ -301,7 +341,13 @@ def state_spaces_fields(config: Json) -> Json:
         raise ConfigError(
             Problem("config.json", "has attention or MLP layers of mamba-ssm; only its models of Mamba layers are read")
         )
-    found: Json = {"layer_pattern": "M" * config["n_layer"], "mamba_version": version, "position_embedding": "none"}
+    problems = mamba_biases(config, "ssm_cfg.conv_bias", "ssm_cfg.bias")
+    if version == 2:
+        problems += time_step_limit(config, "ssm_cfg.dt_limit")
+        problems += fixed(config, "ssm_cfg.norm_before_gate", (False,), "our Mamba-2 layers norm what is gated")
+    refuse(problems)
+    layers = "M" * (config.get("n_layer") or 0)
+    found: Json = {"layer_pattern": layers, "mamba_version": version, "position_embedding": "none"}
     if config.get("vocab_size"):
         found["vocab_size"] = config["vocab_size"]
         found["vocab_size_multiple"] = config.get("pad_vocab_size_multiple", 8)
@@ -346,9 +392,29 @@ def state_spaces_config(model: ModelConfig, base: Json) -> Json:
 def state_spaces_obstacles(model: ModelConfig) -> list[str]:
     """Why a model cannot be one of state-spaces/mamba."""
     result = _only("M", model)
+    if not same_epsilon(model.norm_epsilon):
+        result.append(f"its norms always add {GATED_NORM_EPSILON}, these {model.norm_epsilon} (norm_epsilon)")
     if model.mamba_inner_size % model.hidden_size:
         result.append(f"its inner width is a multiple of the hidden size, this one is {model.mamba_inner_size}")
     return result
+
+
+def _unequal_biases(config: Json) -> list[Problem]:
+    """Our one switch is for both; a config says it of each."""
+    attention, mlp = (bool(config.get(name)) for name in ("attention_bias", "mlp_bias"))
+    if attention == mlp:
+        return []
+    return [Problem("attention_bias", f"is {attention} and mlp_bias {mlp}; our model has biases in both or in neither")]
+
+
+def _gated_norm(model: ModelConfig) -> list[str]:
+    """transformers gives the gated norm the epsilon of the others; megatron-core's is fixed."""
+    if "M" not in model.pattern.layers or model.mamba_version != 2 or same_epsilon(model.norm_epsilon):
+        return []
+    return [
+        f"its gated norms add what the other norms add, these {GATED_NORM_EPSILON} and not {model.norm_epsilon} "
+        "(norm_epsilon)"
+    ]
 
 
 def _rms_norm(model: ModelConfig) -> list[str]:

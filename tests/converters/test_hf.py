@@ -224,6 +224,69 @@ def test_the_tokenizer_says_which_token_ends_a_text_where_no_config_does(
         assert json.loads((tmp_path / "b" / name).read_text())["eos_token_id"] == 256
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("mamba2", {"time_step_limit": [0.0, 0.1]}, r"time_step_limit: is \[0.0, 0.1\]; our Mamba layers do not limit"),
+        ("bamba", {"time_step_limit": [0.01, float("inf")]}, r"time_step_limit: is \[0.01, inf\]"),
+        ("nemotron_h", {"mamba_dt_limit": [0.0, 1.0]}, r"mamba_dt_limit: is \[0.0, 1.0\]"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act: is 'gelu'; the Mamba layers of our model have silu only"),
+        ("bamba", {"hidden_act": "relu"}, "hidden_act: is 'relu'; the Mamba layers and gated MLPs of our model"),
+        ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act: is 'gelu'"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act: is 'silu'; our config has gelu and squared_relu"),
+        ("nemotron_h moe", {"norm_topk_prob": False}, "norm_topk_prob: is False; our router knows only True"),
+        (
+            "bamba",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_parameters.rope_type: is 'yarn'",
+        ),
+        ("bamba", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type: is 'linear'"),
+        ("bamba", {"rope_parameters": {"rope_theta": 10000.5}}, "rope_theta: is 10000.5; our config has whole numbers"),
+        ("mamba", {"use_conv_bias": False}, "use_conv_bias: is False; the convolutions of our Mamba layers always"),
+        ("mamba2", {"use_bias": True}, "use_bias: is True; the projections of our Mamba layers have no bias"),
+        ("bamba", {"mamba_proj_bias": True}, "mamba_proj_bias: is True"),
+        ("bamba", {"attention_bias": True}, "attention_bias: is True and mlp_bias False; our model has biases in both"),
+        ("nemotron_h moe", {"mlp_bias": True}, "mlp_bias: is True; experts of our model have no biases"),
+        ("nemotron_h moe", {"moe_latent_size": 16}, "moe_latent_size: is 16; our experts take hidden states as wide"),
+        ("nemotron_h", {"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon: is 1e-06; .* and ours always 1e-05"),
+        ("mamba2", {"layer_norm_epsilon": 1e-6}, r"layer_norm_epsilon: is 1e-06; .* and ours always 1e-05"),
+        ("bamba", {"rms_norm_eps": 1e-6}, r"rms_norm_eps: is 1e-06; .* and ours always 1e-05"),
+        # Everything at once.
+        ("mamba2", {"use_bias": True, "hidden_act": "relu"}, "hidden_act: .*\nuse_bias: "),
+    ],
+)
+def test_a_setting_that_our_model_computes_otherwise(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    hf_model(name).save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=message):
+        convert.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mamba2", {"time_step_limit": None}),
+        ("mamba2", {"time_step_limit": [0.0, {"__float__": "Infinity"}], "hidden_act": "swish"}),
+        ("bamba", {"time_step_limit": [0, "inf"], "rms_norm_eps": 9.999999747378752e-06}),
+        ("mamba", {"layer_norm_epsilon": 1e-6}),  # Mamba-1 has no gated norm
+        ("bamba", {"rope_parameters": None, "rope_scaling": None, "rope_theta": 1e6}),
+    ],
+)
+def test_other_spellings_of_what_our_model_computes(tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    hf_model(name).save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    opened = convert.open_checkpoint(tmp_path)
+    opened.require_complete()
+    assert opened.model.rotary_base == int(changes.get("rope_theta", 10000))
+
+
 @pytest.mark.parametrize("kind", sorted(hf.REFUSED))
 def test_models_the_pattern_cannot_express(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -247,6 +310,10 @@ def test_models_the_pattern_cannot_express(tmp_path: Path, kind: str) -> None:
         ("mamba1", {}, "mamba2", "its layers are Mamba-2, these are Mamba-1"),
         ("swiglu", {}, "bamba", "its attention rotates half of each head"),
         ("layernorm", {}, None, "its norms are RMSNorm, these are LayerNorm"),
+        ("hybrid", {"norm_epsilon": 1e-6}, "nemotron_h", "its gated norms add what the other norms add, these 1e-05"),
+        ("mamba2", {"norm_epsilon": 1e-6}, "mamba2", "its gated norms add what the other norms add, these 1e-05"),
+        ("mamba1", {"norm_epsilon": 1e-6}, "state_spaces", "its norms always add 1e-05, these 1e-06"),
+        ("moe", {"add_linear_bias": True}, "nemotron_h", "its experts have no biases, these have"),
         ("mtp", {}, None, "multi-token prediction.*(\n.*)?--drop-mtp"),
     ],
 )
