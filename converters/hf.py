@@ -9,6 +9,7 @@ from typing import Any
 from converters import aliases, hf_checks, naming, safefile, torchfile
 from converters.checkpoint import Checkpoint, companions_of, complete
 from converters.hf_families import FAMILIES, REFUSED, Family
+from converters.streams import same
 from converters.tensors import Tensor, cat, select, split
 from converters.torchfile import Files, bytes_plan
 from hybrid.config import ModelConfig
@@ -137,8 +138,7 @@ def _canonical(
         num_experts=experts,
         moe_shared_expert_size=1 if "E" in layers else None,
         moe_expert_bias=True,
-        tie_embeddings=bool(config.get("tie_word_embeddings", config.get("tie_embeddings", False)))
-        or "lm_head.weight" not in tensors,
+        tie_embeddings=_tied(tensors, family, config),
     )
     head = known.get("attention_head_dim") or _head_width(tensors, config)
     result: dict[str, Tensor] = {}
@@ -154,6 +154,20 @@ def _canonical(
     rest = [name for name in tensors if name not in used and aliases.is_weight(name) and not name.startswith("mtp.")]
     names = [target for name in naming.parameters(model) for target in family.names(name, model)]
     return result, {"decoder": layers}, {name: nearest(name, names) for name in rest}
+
+
+def _tied(tensors: Mapping[str, Tensor], family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether the output layer is the embedding: a config may say so beside an output layer of its own.
+
+    Published files of tied models hold both; where they differ, transformers' NemotronH computes with the output layer.
+    """
+    output = tensors.get("lm_head.weight")
+    if output is None:
+        return True
+    if not (config.get("tie_word_embeddings") or config.get("tie_embeddings")):
+        return False
+    embedding = tensors.get(family.names(naming.EMBEDDING, ModelConfig(layer_pattern="M"))[0])
+    return embedding is None or same(output, embedding)
 
 
 def _joined(name: str, tensors: list[Tensor], head: int | None) -> Tensor:

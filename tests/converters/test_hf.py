@@ -196,6 +196,17 @@ def test_tied_embeddings(saved: Saved, tmp_path: Path) -> None:
     assert convert.open_checkpoint(tmp_path / "a").model.tie_embeddings
 
 
+def test_an_output_layer_that_is_not_the_embedding_is_kept_whatever_the_config_says(
+    saved: Saved, tmp_path: Path
+) -> None:
+    source, weights = saved("hybrid")
+    convert.convert(source, tmp_path / "a", "hf")
+    change_config(tmp_path / "a", tie_word_embeddings=True)
+    opened = convert.open_checkpoint(tmp_path / "a")
+    assert not (opened.model.tie_embeddings or opened.unknown)
+    assert torch.equal(dict(convert.stream(opened))[naming.OUTPUT], weights[naming.OUTPUT][:250])
+
+
 def test_tokenizer_and_settings_of_generation_go_along(saved: Saved, tmp_path: Path) -> None:
     convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
     (tmp_path / "a/tokenizer.json").write_text("{}")
