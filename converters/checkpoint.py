@@ -74,7 +74,7 @@ class Checkpoint:
 
     `tensors` are logical tensors by canonical name (`converters.naming`). `layout` is None where the format has none.
     `args` are Megatron's arguments as they were stored, `unexpressed` says what of them `model` cannot. `left_out` says
-    what is there but is no weight.
+    what is there but is not read: what is no weight, and multi-token prediction of Hugging Face's (`unread_mtp`).
     """
 
     path: Path
@@ -94,6 +94,7 @@ class Checkpoint:
     missing: list[str] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    unread_mtp: bool = False
     optimizer: Callable[[], Optimizer] | None = None
 
     @property

@@ -138,7 +138,8 @@ def as_torch_dist(
         if vocabulary:
             said = {**checkpoint.args, "make_vocab_size_divisible_by": vocabulary[1]}
             checkpoint = replace(with_rows(checkpoint, *vocabulary), args=said, settings=None)
-        convert(checkpoint, destination, "torch_dist", report=report)
+        # Training and generation run without the MTP layers that are not read; whoever converts a model is asked first.
+        convert(replace(checkpoint, unread_mtp=False), destination, "torch_dist", report=report)
     found = torch_dist.find(destination)
     assert found is not None
     return found
@@ -231,6 +232,14 @@ def planned(
     if to == "hf" and (tensor, pipeline, expert) != (1, 1, 1):
         raise ConfigError(Problem("--to", "hf has no parallel layout; leave the parallel sizes out"))
     checkpoint.require_complete()
+    if checkpoint.unread_mtp and not drop_mtp:
+        raise ConfigError(
+            Problem(
+                str(checkpoint.path),
+                f"has {', '.join(checkpoint.left_out)}, which is not read from hf",
+                "leave the MTP layers out with --drop-mtp",
+            )
+        )
     state = _optimizer(checkpoint, to) if optimizer else None
     if drop_mtp:
         checkpoint = _without_mtp(checkpoint)

@@ -42,6 +42,7 @@ def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) ->
     known = {key: value for key, value in family.fields(config).items() if value is not None} | dict(overrides)
     logical, symbols, unknown = _canonical(tensors, family, known, config)
     model, assumed, missing, odd = complete(logical, symbols, known)
+    mtp = [name for name in tensors if name.startswith("mtp.")]
     if "M" in model.pattern.layers and model.mamba_version != known.get("mamba_version", model.mamba_version):
         raise ConfigError(Problem(CONFIG, "and the tensors are of different Mamba versions"))
     return Checkpoint(
@@ -55,6 +56,8 @@ def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) ->
         assumed=assumed,
         missing=missing,
         unknown=unknown | odd,
+        left_out=[f"multi-token prediction (mtp.*, {len(mtp)} tensors)"] if mtp else [],
+        unread_mtp=bool(mtp),
     )
 
 

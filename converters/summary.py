@@ -78,7 +78,7 @@ def text(checkpoint: Checkpoint) -> str:
         ("unexpressed", "beyond config"),
         ("assumed", "assumed"),
         ("missing", "missing"),
-        ("left_out", "not weights"),
+        ("left_out", "left out"),
     ):
         if known[name]:
             lines.append((title, _some(known[name])))

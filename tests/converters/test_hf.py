@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from converters import convert, hf, naming
+from converters import convert, hf, naming, summary
 from hybrid.data import bytelevel
 from hybrid.errors import ConfigError
 
@@ -205,6 +205,19 @@ def test_an_output_layer_that_is_not_the_embedding_is_kept_whatever_the_config_s
     opened = convert.open_checkpoint(tmp_path / "a")
     assert not (opened.model.tie_embeddings or opened.unknown)
     assert torch.equal(dict(convert.stream(opened))[naming.OUTPUT], weights[naming.OUTPUT][:250])
+
+
+def test_multi_token_prediction_is_left_out_only_when_asked(saved: Saved, tmp_path: Path) -> None:
+    """transformers passes over the MTP layers of a file, too; a conversion that loses weights says so."""
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    path = tmp_path / "a/model.safetensors"
+    save_file(load_file(path) | {"mtp.layers.0.eh_proj.weight": torch.zeros(32, 64)}, path)
+    opened = convert.open_checkpoint(tmp_path / "a")
+    assert "left out       multi-token prediction (mtp.*, 1 tensors)" in summary.text(opened)
+    with pytest.raises(ConfigError, match=r"which is not read from hf\nleave the MTP layers out with --drop-mtp"):
+        convert.convert(opened, tmp_path / "b", "torch_dist")
+    convert.convert(opened, tmp_path / "b", "torch_dist", drop_mtp=True)
+    convert.as_torch_dist(opened, tmp_path / "cache")
 
 
 def test_tokenizer_and_settings_of_generation_go_along(saved: Saved, tmp_path: Path) -> None:
