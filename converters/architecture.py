@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from math import gcd
-from typing import Any
+from typing import Any, get_type_hints
 
 from converters import naming
 from converters.tensors import Shape
@@ -18,6 +18,8 @@ GUESSES = {"mamba_state_dim": 128, "attention_head_dim": 128}
 # Compared elsewhere, or no contradiction: a vocabulary is padded in more than one way.
 _SETTLED = {"layer_pattern", "vocab_size", "vocab_size_multiple"}
 
+_COUNTS = {name for name, hint in get_type_hints(ModelConfig).items() if hint in (int, int | None)}
+
 
 def infer(shapes: Mapping[str, Shape], pattern: str, known: Mapping[str, Any]) -> tuple[ModelConfig, list[str]]:
     """Return the architecture of tensors with these canonical names and shapes, and what of it had to be assumed.
@@ -27,6 +29,11 @@ def infer(shapes: Mapping[str, Shape], pattern: str, known: Mapping[str, Any]) -
     """
     if naming.EMBEDDING not in shapes:
         raise ConfigError(Problem(naming.EMBEDDING, "is missing; it is the first thing that a language model has"))
+    # Shapes are divided by them.
+    if low := [name for name in _COUNTS & known.keys() if isinstance(known[name], int) and known[name] < 1]:
+        raise ConfigError(
+            [Problem(f"model.{name}", f"is {known[name]}, but must be at least 1") for name in sorted(low)]
+        )
     rows, hidden = shapes[naming.EMBEDDING]
     found: dict[str, Any] = {"layer_pattern": pattern, "hidden_size": hidden}
     assumed: list[str] = []

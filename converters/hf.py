@@ -86,6 +86,8 @@ def plan(source: Checkpoint, family: str | None = None) -> Files:
 
 def choose(model: ModelConfig, family: str | None = None) -> str:
     """The family to write a model as. Raises ConfigError with the reasons where there is none."""
+    if family and family not in FAMILIES:
+        raise ConfigError(Problem("--family", f"is '{family}', which is not one of {', '.join(FAMILIES)}"))
     candidates = [family] if family else [name for name in FAMILIES if name != "state_spaces"]
     general = ["it has multi-token prediction, which transformers does not run"] if model.pattern.mtp else []
     general += ["it has latent attention (+)"] if model.pattern.counts()["+"] else []
@@ -127,10 +129,22 @@ def _canonical(
     from hybrid import pattern as patterns
 
     layers = patterns.parse(pattern).layers
+    if strange := sorted(set(layers) - set("M*-E")):
+        raise ConfigError(
+            Problem(
+                "layer pattern", f"has {', '.join(strange)}; models of Hugging Face are read with M, *, - and E only"
+            )
+        )
     # What the names depend on is the layers alone, so every tensor that such a layer can have is asked for.
     biased = any(re.search(r"(q_proj|o_proj|gate_proj|up_proj|down_proj)\.bias$", name) for name in tensors)
     normed = any(re.search(r"norm(_f)?\.bias$", name) for name in tensors)
     experts = config.get("n_routed_experts") if "E" in layers else None
+    if "E" in layers and not experts:
+        raise ConfigError(
+            Problem(
+                "n_routed_experts", f"is {experts} in config.json, but there are MoE layers (E), which have experts"
+            )
+        )
     gated = family is FAMILIES["bamba"]
     model = ModelConfig(
         layer_pattern=layers,
@@ -241,9 +255,10 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(f"{index} is damaged") from None
-            if any(Path(entry).name != entry for entry in names):
+                outside = [entry for entry in names if Path(entry).name != entry]
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise UserError(f"{index} is damaged: it does not name a file for each tensor") from None
+            if outside:
                 raise UserError(f"{index} names files outside of its folder")
             return [folder / entry for entry in names]
         if (folder / name).is_file():

@@ -92,6 +92,15 @@ def test_diff_tells_by_its_exit_code(hybrid: Hybrid, checkpoint: Path, tmp_path:
         (["convert", "{}", "{}-out", "--dtype", "int8"], 2, "--dtype: is 'int8'"),
         (["convert", "{}", "{}-out", "--optimizer"], 2, "has no optimizer state"),
         (["inspect", "{}", "hidden=3"], 2, "hidden=3: is no field=value of the model"),
+        (
+            ["convert", "{}", "{}-out", "--to", "hf", "--family", "llama"],
+            2,
+            "--family: is 'llama', which is not one of",
+        ),
+        (["inspect", "{}", "vocab_size=0"], 2, "model.vocab_size: is 0, but must be at least 1"),
+        (["inspect", "{}", "vocab_size=-1"], 2, "model.vocab_size: is -1, but must be at least 1"),
+        (["inspect", "{}", "mamba_state_dim=0"], 2, "model.mamba_state_dim: is 0, but must be at least 1"),
+        (["inspect", "{}", "attention_head_dim=0"], 2, "model.attention_head_dim: is 0, but must be at least 1"),
         (["inspect", "{}", "mamba_state_dim=big"], 2, "mamba_state_dim: 'big' is not a whole number"),
     ],
 )

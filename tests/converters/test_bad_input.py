@@ -276,6 +276,48 @@ def test_a_damaged_safetensors_header(tmp_path: Path, header: str, says: str) ->
         safefile.load(path)
 
 
+MOE = {"hybrid_override_pattern": None, "layers_block_type": ["moe"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": "abc"}, "vocab_size: is 'abc' in config.json, but must be a whole number of at least 1"),
+        ({"head_dim": 0}, "head_dim: is 0 in config.json, but must be a whole number of at least 1"),
+        ({"layers_block_type": 5}, "layers_block_type: is 5 in config.json, but must be a list"),
+        ({"model_type": []}, r"model_type: is \[\] in config.json, but must be a text"),
+        ({"rope_parameters": "abc"}, "rope_parameters: is 'abc' in config.json, but must be an object"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_parameters.rope_theta: is 'big' in config.json"),
+        ({"num_experts_per_tok": "2"}, "num_experts_per_tok: is '2' in config.json, but must be a whole number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings: is 'no' in config.json, but must be True or False"),
+        ({"vocab_size": True, "chunk_size": 1.5}, "vocab_size: is True .*\nchunk_size: is 1.5"),
+        ({**MOE, "n_routed_experts": None}, "n_routed_experts: is None in config.json, but there are MoE layers"),
+        (
+            {"hybrid_override_pattern": "MG"},
+            r"layer pattern: has G; models of Hugging Face are read with M, \*, - and E",
+        ),
+        ({"model_type": None, "n_layer": None, "d_model": 8}, "config.json: does not say what layers the model has"),
+        ({"num_attention_heads": 0, "head_dim": 8}, "model.num_attention_heads: is 0, but must be at least 1"),
+    ],
+)
+def test_a_config_json_of_wrong_values(saved: Saved, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    path = tmp_path / "a/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=message):
+        convert.open_checkpoint(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "index", ['{"weight_map": {"a": 5}}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": []}', "[]"]
+)
+def test_a_damaged_index(saved: Saved, tmp_path: Path, index: str) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    (tmp_path / "a/model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"index.json is damaged: it does not name a file for each tensor"):
+        convert.open_checkpoint(tmp_path / "a")
+
+
 def test_a_pickle_without_tensors_and_a_block_that_nobody_knows(saved: Saved, tmp_path: Path) -> None:
     convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
     config = json.loads((tmp_path / "a/config.json").read_text())
