@@ -229,8 +229,7 @@ def planned(
     """The files that `convert` writes, planned; nothing is read or written but headers."""
     if to not in FORMATS:
         raise ConfigError(Problem("--to", f"is '{to}', which is not one of {', '.join(FORMATS)}"))
-    if to == "hf" and (tensor, pipeline, expert) != (1, 1, 1):
-        raise ConfigError(Problem("--to", "hf has no parallel layout; leave the parallel sizes out"))
+    _refuse_foreign_options(to, (tensor, pipeline, expert) != (1, 1, 1), layer_pattern, family, fused_norms)
     checkpoint.require_complete()
     if checkpoint.unread_mtp and not drop_mtp:
         raise ConfigError(
@@ -261,6 +260,25 @@ def planned(
     if to == "torch_dist":
         return torch_dist.plan(checkpoint, target, state)
     return megatron.plan(checkpoint, target, fused_norms, state)
+
+
+def _refuse_foreign_options(
+    to: str, parallel: bool, layer_pattern: str | None, family: str | None, fused_norms: bool
+) -> None:
+    """Raise ConfigError for every option that the target has no use for, so that none is passed over in silence."""
+    problems: list[Problem] = []
+    if to == "hf" and parallel:
+        problems.append(Problem("--to", "hf has no parallel layout; leave the parallel sizes out"))
+    if to == "hf" and layer_pattern is not None:
+        problems.append(Problem("--layer-pattern", "says where pipeline stages end, and hf has none; leave it out"))
+    if to != "hf" and family is not None:
+        problems.append(Problem("--family", f"is one of Hugging Face's; leave it out, or write --to hf and not {to}"))
+    if to != "megatron" and not fused_norms:
+        problems.append(
+            Problem("--separate-norms", f"gives names of --to megatron, and {to} has its own; leave it out")
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def with_rows(checkpoint: Checkpoint, vocab_size: int, multiple: int) -> Checkpoint:
