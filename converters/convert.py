@@ -374,5 +374,7 @@ def _refuse_into_source(checkpoint: Checkpoint, destination: Path) -> None:
     source, target = checkpoint.path.resolve(), destination.resolve()
     if (source.parent / megatron.TRACKER).is_file():
         source = source.parent
+    if source.name == run_folder.CHECKPOINTS and (source.parent / run_folder.SETTINGS_FILE).is_file():
+        source = source.parent  # the run, which goes on in its folder
     if target == source or source in target.parents:
         raise ConfigError(Problem(str(destination), f"lies in the source {source}, into which nothing is written"))

@@ -277,6 +277,17 @@ def test_the_source_is_left_alone(saved: Saved, tmp_path: Path) -> None:
         convert.convert(source, source / "iter_0000100" / "out", "hf")
 
 
+def test_a_run_is_left_alone(saved: Saved, tmp_path: Path) -> None:
+    """The source is the run as a whole, be it named or one of its checkpoints; beside it is room."""
+    run = tmp_path / "runs/tiny"
+    convert.convert(saved("hybrid")[0], run / "checkpoints", "torch_dist")
+    (run / "settings.json").write_text("{}")
+    for source in (run, run / "checkpoints/iter_0000100"):
+        with pytest.raises(ConfigError, match=r"runs/tiny/x: lies in the source .*runs/tiny, into which nothing is"):
+            convert.convert(source, run / "x", "hf")
+    convert.convert(run, tmp_path / "runs/tiny-hf", "hf")
+
+
 def test_replace_keeps_layout_fields(make_model: Callable[..., ModelConfig]) -> None:
     """A pattern with '|' in a model says nothing about the layout it is converted to."""
     model = replace(make_model("hybrid"), layer_pattern="M-|M*-")
