@@ -8,6 +8,8 @@ from typing import Any
 
 from fastapi import Request
 
+from hybrid.errors import UserError
+from hybrid.generation.engine import Closed
 from hybrid.generation.generator import Completion, Generator
 from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import Listener, Piece
@@ -32,6 +34,7 @@ class Asked:
         self._pieces: deque[tuple[int, Piece]] = deque()
         self._came = asyncio.Event()
         self._open = len(prompts) * n
+        self._left = False  # whether the client has hung up
         self._started = time.monotonic()
         self._last: dict[int, float] = {}
         self.prompt_tokens = sum(map(len, prompts))
@@ -82,21 +85,41 @@ class Asked:
         self._metrics.tokens.inc()
 
     async def completions(self, request: Request) -> list[Completion]:
-        """All texts, when they are finished; if the client hangs up, the slots are freed and what there is is given."""
+        """All texts, when they are finished; if the client hangs up, the slots are freed and what there is is given.
+
+        Raises UserError or Closed if one of them did not come to its end.
+        """
         texts = [Completion() for _ in self._jobs]
-        watching = asyncio.create_task(_when_gone(request.receive, self.cancel))
+
+        def leave() -> None:
+            self._left = True
+            self.cancel()
+
+        watching = asyncio.create_task(_when_gone(request.receive, leave))
         try:
             async for index, piece in self:
                 texts[index].add(piece)
         finally:
             watching.cancel()
             self.cancel()
+        for text in texts:
+            if not self._left and (error := broken_off(text.reason)):
+                raise error
         return texts
 
     @property
     def generated(self) -> int:
         """Tokens that have been made, without those of an echoed prompt."""
         return sum(job.row.position for job in self._jobs)
+
+
+def broken_off(reason: str | None) -> UserError | None:
+    """What is to be answered instead of a text that did not come to its end."""
+    if reason == "error":
+        return UserError("the model failed while it was computing")
+    if reason == "cancelled":
+        return Closed("the server is ending, and the text was not finished in time")
+    return None
 
 
 async def _when_gone(receive: Callable[[], Awaitable[Any]], then: Callable[[], None]) -> None:

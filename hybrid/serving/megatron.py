@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem
 from hybrid.generation.generator import Generator
 from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import token_text
@@ -87,8 +87,6 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
         prompts = [start + model.encode(prompt) for prompt in body.prompts]
         asked = Asked(model, metrics, "api", prompts, sampling)
         texts = await asked.completions(request)
-        if any(text.reason == "error" for text in texts):
-            raise UserError("the model failed while it was computing")
         result: dict[str, Any] = {"text": [], "segments": [], "logprobs": None, "tokens": []}
         scores: list[list[float | None]] = []
         for prompt, ids, text in zip(body.prompts, prompts, texts, strict=True):

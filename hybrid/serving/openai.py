@@ -9,11 +9,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from hybrid.errors import UserError
-from hybrid.generation.generator import Completion, Generator
+from hybrid.generation.generator import Generator
 from hybrid.generation.text import Piece, TokenText
 from hybrid.serving import schemas as form
-from hybrid.serving.asking import Asked
+from hybrid.serving.asking import Asked, broken_off
 from hybrid.serving.metrics import Metrics
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -66,7 +65,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
                 if wanted:
                     scores, offsets[index] = completion_logprobs(piece.tokens, offsets.get(index, 0))
                 choice = form.CompletionChoice(
-                    index=index, text=piece.text, logprobs=scores, finish_reason=_reason(piece.reason)
+                    index=index, text=piece.text, logprobs=scores, finish_reason=piece.reason
                 )
                 return form.CompletionResponse(**head, choices=[choice])
 
@@ -74,13 +73,12 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
             last = (lambda: form.CompletionResponse(**head, choices=[], usage=_usage(asked))) if usage else None
             return _events(asked, chunk, last=last)
         texts = await asked.completions(request)
-        _refuse_failed(texts)
         choices = [
             form.CompletionChoice(
                 index=i,
                 text=text.text,
                 logprobs=completion_logprobs(text.tokens)[0] if wanted else None,
-                finish_reason=_reason(text.reason),
+                finish_reason=text.reason,
             )
             for i, text in enumerate(texts)
         ]
@@ -110,20 +108,19 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
                 return form.ChatChunk(**head, choices=[choice])
 
             def chunk(index: int, piece: Piece) -> BaseModel:
-                return answer(index, form.Answer(content=piece.text), piece.tokens, _reason(piece.reason))
+                return answer(index, form.Answer(content=piece.text), piece.tokens, piece.reason)
 
             first = [answer(i, form.Answer(role="assistant", content=""), [], None) for i in range(body.n or 1)]
             usage = body.stream_options is not None and body.stream_options.include_usage
             last = (lambda: form.ChatChunk(**head, choices=[], usage=_usage(asked))) if usage else None
             return _events(asked, chunk, first, last)
         texts = await asked.completions(request)
-        _refuse_failed(texts)
         choices = [
             form.ChatChoice(
                 index=i,
                 message=form.Answer(role="assistant", content=text.text),
                 logprobs=scores(text.tokens),
-                finish_reason=_reason(text.reason),
+                finish_reason=text.reason,
             )
             for i, text in enumerate(texts)
         ]
@@ -172,15 +169,6 @@ def _plain(messages: Sequence[form.Message]) -> list[dict[str, Any]]:
     return result
 
 
-def _reason(reason: str | None) -> str | None:
-    return "stop" if reason == "cancelled" else reason
-
-
-def _refuse_failed(texts: Sequence[Completion]) -> None:
-    if any(text.reason == "error" for text in texts):
-        raise UserError("the model failed while it was computing")
-
-
 def _usage(asked: Asked) -> form.Usage:
     made = asked.generated
     return form.Usage(
@@ -196,8 +184,8 @@ def _events(asked: Asked, chunk: Any, first: Sequence[BaseModel] = (), last: Any
             for one in first:
                 yield _event(one)
             async for index, piece in asked:
-                if piece.reason == "error":
-                    failed = form.ErrorDetail(message="the model failed while it was computing", type="server_error")
+                if error := broken_off(piece.reason):
+                    failed = form.ErrorDetail(message=str(error), type="server_error")
                     yield _event(form.ErrorResponse(error=failed))
                     return
                 if piece.text or piece.tokens or piece.reason:
