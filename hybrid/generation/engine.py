@@ -118,7 +118,8 @@ class Engine:
     @property
     def running(self) -> int:
         """Jobs that hold a slot."""
-        return len(self._reading) + len(self._decoding)
+        with self._changed:  # a job whose prompt is being read at this moment is in neither of the other two
+            return len(self._unfinished) - len(self._waiting)
 
     def check(self, prompt: list[int], sampling: Sampling) -> None:
         """Raise ConfigError for what this model cannot do."""
@@ -152,11 +153,15 @@ class Engine:
         """Queue jobs, all of them or none. Raises ConfigError, QueueFull or Closed."""
         for job in jobs:
             self.check(job.prompt, job.sampling)
+        slots = self.runner.room.slots
+        if len(jobs) > slots + self.max_waiting:
+            most = f"there is room for {slots} and for {self.max_waiting} that wait; ask for fewer"
+            raise ConfigError(Problem("", f"{len(jobs)} texts are asked for at once, and {most}"))
         with self._changed:
             if self._closing or self.failure:
                 raise Closed("the model is not taking requests any more")
             # What a free slot takes at once does not wait.
-            free = max(0, self.runner.room.slots - self.running - len(self._waiting))
+            free = max(0, slots - self.running - len(self._waiting))
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(jobs)
@@ -182,7 +187,7 @@ class Engine:
         finished = not self._thread.is_alive()
         if not finished:
             with self._changed:
-                jobs = [*self._waiting, *self._reading, *self._decoding]
+                jobs = list(self._unfinished)
             self.cancel(*jobs)
             self._thread.join()
         return finished
@@ -303,7 +308,8 @@ class Engine:
         self._finish(job, reason)
 
     def _finish(self, job: Job, reason: Reason) -> None:
-        self._unfinished.discard(job)
+        with self._changed:
+            self._unfinished.discard(job)
         job.on_end(reason)
 
     def _decode(self) -> None:

@@ -143,17 +143,39 @@ def test_a_full_queue_and_a_closed_engine_refuse(hybrid_model: Toy) -> None:
     model = Generator(hybrid_model.runner(slots=2), ByteTokenizer(), "toy", max_waiting=1)
     sampling, ignored = Sampling(max_tokens=60, ignore_end=True), lambda piece: None
     jobs = [model.job([1], sampling, ignored) for _ in range(4)]
-    with pytest.raises(QueueFull, match="waiting already"):
+    with pytest.raises(ConfigError, match="4 texts are asked for at once, and there is room for 2 and for 1 that wait"):
         model.engine.submit(*jobs)
     model.engine.submit(*jobs[:3])
     assert model.close()
     assert all(job.row.position == 60 for job in jobs[:3])
+    with pytest.raises(QueueFull, match="waiting already"):
+        model.engine.submit(jobs[3])
     with pytest.raises(Closed):
         model.start([1], sampling, ignored)
 
 
 @pytest.mark.parametrize("where", ["read", "copy", "step"])
 def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_closing_ends_a_text_whose_prompt_is_being_read(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = hybrid_model.runner(slots=2)
+    reading, go_on, read = threading.Event(), threading.Event(), runner.read
+
+    def slow(*given: Any) -> torch.Tensor:
+        reading.set()
+        go_on.wait()
+        return read(*given)
+
+    monkeypatch.setattr(runner, "read", slow)
+    model = Generator(runner, ByteTokenizer(), "toy")
+    ended: list[str | None] = []
+    model.start([1], Sampling(max_tokens=60, ignore_end=True), lambda piece: ended.append(piece.reason))
+    reading.wait()
+    assert (model.engine.running, model.engine.waiting) == (1, 0)
+    threading.Timer(0.2, go_on.set).start()
+    assert not model.close(0)
+    assert ended[-1] == "cancelled"
+
+
     runner = hybrid_model.runner()
 
     def broken(*_: Any) -> torch.Tensor:

@@ -137,7 +137,13 @@ def test_long_bodies_and_a_full_queue_are_refused(guarded: Served) -> None:
         assert http.post("/v1/completions", json={"prompt": "a" * 3000}).status_code == 413
         pieces = (b'{"prompt": "' + b"a" * 500 for _ in range(10))
         assert http.post("/v1/completions", content=pieces).status_code == 413
-        full = http.post("/v1/completions", json={"prompt": ["a"] * 60, "max_tokens": 5})
+        never = http.post("/v1/completions", json={"prompt": ["a"] * 60, "max_tokens": 5})
+        assert never.status_code == 400
+        assert "there is room for 1 and for 8 that wait; ask for fewer" in never.json()["error"]["message"]
+        running = {"prompt": "a", "max_tokens": 16000, "ignore_eos": True, "stream": True}
+        with http.stream("POST", "/v1/completions", json=running) as answer:
+            next(answer.iter_lines())
+            full = http.post("/v1/completions", json={"prompt": ["a"] * 9, "max_tokens": 5})
         assert full.status_code == 429 and full.headers["retry-after"]
         assert full.json()["error"]["type"] == "rate_limit_error"
         assert http.get("/health").json() == {"status": "ok", "model": "toy"}
