@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO, get_type_hints
+from typing import Any, TextIO
 
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.generator import Generator
-from hybrid.generation.sampling import NAMES, Sampling
+from hybrid.generation.sampling import Sampling, settings_of
 
 Request = tuple[str | list[int], Sampling]
 
@@ -61,33 +61,19 @@ def _request(line: str, settings: Mapping[str, Any]) -> Request:
         raise ConfigError(Problem("", 'is no object such as {"prompt": "def "}'))
     prompt = values.pop("prompt", None)
     problems = []
-    if not prompt or not (isinstance(prompt, str) or _are(prompt, int)):
+    if not prompt or not (isinstance(prompt, str) or _are_tokens(prompt)):
         problems.append(Problem("prompt", "must be a text or a list of tokens, and not empty"))
-    for name, value in values.items():
-        if name not in NAMES:
-            problems.append(Problem(name, f"is no setting; there are {', '.join(sorted(NAMES))}"))
-        elif not _fits(name, value):
-            problems.append(Problem(name, f"is {value!r}, which is not of its type"))
+    try:
+        sampling = settings_of({**settings, **values})
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
     if problems:
         raise ConfigError(problems)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return prompt, Sampling(**{**settings, **values})
+    return prompt, sampling
 
 
-_TYPES = {name: hint for name, hint in get_type_hints(Sampling).items() if name in NAMES}
-
-
-def _fits(name: str, value: Any) -> bool:
-    hint = _TYPES[name]
-    if hint in (tuple[str, ...], tuple[int, ...]):
-        return _are(value, str if hint == tuple[str, ...] else int)
-    if isinstance(value, bool) or hint is bool:
-        return isinstance(value, bool) and hint is bool
-    return isinstance(value, int | float if hint is float else hint)
-
-
-def _are(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in value)
 
 
 def refuse_output(output: Path | None) -> None:

@@ -9,6 +9,7 @@ with recipes.open_generator("tiny") as model:
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 from hybrid.data import chat
@@ -17,7 +18,7 @@ from hybrid.data.tokenizer import Tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.engine import Engine, Job, Reason
 from hybrid.generation.runner import Runner
-from hybrid.generation.sampling import NAMES, Chosen, Sampling
+from hybrid.generation.sampling import Chosen, Sampling, settings_of
 from hybrid.generation.text import Listener, Piece, TextStream, TokenText, prompt_texts
 
 Prompt = str | Sequence[int]
@@ -95,7 +96,9 @@ class Generator:
 
     def as_completed(self, prompts: Sequence[Prompt], **settings: Any) -> Iterator[tuple[int, Completion]]:
         """As `generate_batch`, each (index, text) as soon as it is finished."""
-        sampling, ids = _sampling(settings), [self.encode(prompt) for prompt in prompts]
+        if isinstance(prompts, str):
+            raise ConfigError(Problem("prompts", "is one text; give a list of them, or call generate"))
+        sampling, ids = settings_of(settings), [self.encode(prompt) for prompt in prompts]
         for one in ids:
             self.engine.check(one, sampling)
         yield from self.run([(one, sampling) for one in ids])
@@ -133,14 +136,16 @@ class Generator:
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Piece]:
         """The text that follows a prompt, piece by piece; the last piece has the reason why it ended.
 
-        Leaving the iterator ends the generation. Raises ConfigError for wrong settings, when it is called.
+        It begins with the first piece that is asked for, and leaving the iterator ends it. Raises ConfigError for wrong
+        settings, when it is called.
         """
-        sampling, ids = _sampling(settings), self.encode(prompt)
+        sampling, ids = settings_of(settings), self.encode(prompt)
+        self.engine.check(ids, sampling)
+        return self._pieces(ids, sampling)
+
+    def _pieces(self, ids: list[int], sampling: Sampling) -> Iterator[Piece]:
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         job = self.start(ids, sampling, pieces.put)
-        return self._pieces(job, pieces)
-
-    def _pieces(self, job: Job, pieces: "queue.SimpleQueue[Piece]") -> Iterator[Piece]:
         try:
             while True:
                 piece = pieces.get()
@@ -154,7 +159,7 @@ class Generator:
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt; tokens are taken as they are. Raises ConfigError for half a character."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            return _tokens(prompt)
         try:
             return self.tokenizer.encode(prompt)
         except (UnicodeError, TypeError):  # the latter is what Hugging Face's raise for it
@@ -216,12 +221,17 @@ class Generator:
         return job
 
 
+def _tokens(prompt: Sequence[int]) -> list[int]:
+    """Tokens as Python's own numbers, whatever library they come from."""
+    try:
+        given = list(prompt)
+        if not any(isinstance(token, bool) for token in given):
+            return [index(token) for token in given]
+    except TypeError:
+        pass
+    raise ConfigError(Problem("prompt", f"is {prompt!r}; give a text or a list of tokens"))
+
+
 def _refuse_error(piece: Piece) -> None:
     if piece.reason == "error":
         raise UserError("the model failed while it was computing; the log says how")
-
-
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    if unknown := sorted(settings.keys() - NAMES):
-        raise ConfigError([Problem(name, f"is no setting; there are {', '.join(sorted(NAMES))}") for name in unknown])
-    return Sampling(**settings)

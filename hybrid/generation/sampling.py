@@ -9,8 +9,10 @@ Shapes: B rows, V vocabulary.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ _MOST_TOP_LOGPROBS = 20
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen, and when it ends. Raises ConfigError for every value that makes no sense.
+
+    `stop` may be given as one text, and it and `stop_tokens` as lists; they become tuples.
 
     The penalty comes first, then the temperature, top_k, top_p and min_p, each on what the one before it left, as in
     transformers' `generate`.
@@ -43,28 +47,39 @@ class Sampling:
     echo: bool = False  # give the prompt again; with logprobs, its log-probabilities, too
 
     def __post_init__(self) -> None:
-        problems = [Problem(name, f"is {value!r}; {rule}") for name, value, rule in self._wrong()]
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        for name, value in (("stop", stop), ("stop_tokens", self.stop_tokens)):
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(value))
+        problems = [Problem(name, f"is {getattr(self, name)!r}; {rule}") for name, rule in self._wrong()]
         if problems:
             raise ConfigError(problems)
 
-    def _wrong(self) -> list[tuple[str, object, str]]:
-        rules = [
-            ("max_tokens", self.max_tokens >= 0, "it must be 0 or more"),
-            ("temperature", 0 <= self.temperature <= 100, "it must be from 0 (the likeliest token) to 100"),
-            ("top_k", self.top_k >= 0, "it must be 0 (no limit) or more"),
-            ("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1 (no limit)"),
-            ("min_p", 0 <= self.min_p <= 1, "it must be from 0 (no limit) to 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "it must be from 0.01 to 100; 1 is none"),
-            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "it must fit 64 bits"),
-            ("stop", all(self.stop), "an empty text stops nothing"),
-            ("stop", len(self.stop) <= 16, "there can be 16 at most"),
-            (
-                "logprobs",
-                self.logprobs is None or 0 <= self.logprobs <= _MOST_TOP_LOGPROBS,
+    def _wrong(self) -> list[tuple[str, str]]:
+        """Names of settings with the rule that they break: of their type, else of their range."""
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "max_tokens": (lambda count: count >= 0, "it must be 0 or more"),
+            "temperature": (lambda value: 0 <= value <= 100, "it must be from 0 (the likeliest token) to 100"),
+            "top_k": (lambda count: count >= 0, "it must be 0 (no limit) or more"),
+            "top_p": (lambda share: 0 < share <= 1, "it must be above 0 and at most 1 (no limit)"),
+            "min_p": (lambda share: 0 <= share <= 1, "it must be from 0 (no limit) to 1"),
+            "repetition_penalty": (lambda value: 0.01 <= value <= 100, "it must be from 0.01 to 100; 1 is none"),
+            "seed": (lambda seed: seed is None or -(2**63) <= seed < 2**63, "it must fit 64 bits"),
+            "stop": (lambda texts: all(texts) and len(texts) <= 16, "there can be 16 at most, and none is empty"),
+            "logprobs": (
+                lambda count: count is None or 0 <= count <= _MOST_TOP_LOGPROBS,
                 f"it must be from 0 to {_MOST_TOP_LOGPROBS}",
             ),
-        ]
-        return [(name, getattr(self, name), rule) for name, right, rule in rules if not right]
+        }
+        wrong = []
+        for name, hint in _types().items():
+            value = getattr(self, name)
+            right, rule = rules.get(name, (lambda _: True, ""))
+            if not _is(value, hint):
+                wrong.append((name, f"it must be {_WORDS[hint]}"))
+            elif not right(value):
+                wrong.append((name, rule))
+        return wrong
 
     @property
     def greedy(self) -> bool:
@@ -73,6 +88,42 @@ class Sampling:
 
 
 NAMES = frozenset(field.name for field in fields(Sampling))
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    int | None: "a whole number or None",
+    float: "a number",
+    bool: "true or false",
+    tuple[str, ...]: "a text or a list of texts",
+    tuple[int, ...]: "a list of tokens",
+}
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return get_type_hints(Sampling)
+
+
+def settings_of(values: Mapping[str, Any]) -> Sampling:
+    """Settings by their names. Raises ConfigError for those that there are not and for wrong values, all at once."""
+    known = {name: value for name, value in values.items() if name in NAMES}
+    there_are = f"is no setting; there are {', '.join(sorted(NAMES))}"
+    problems = [Problem(name, there_are) for name in sorted(values.keys() - NAMES)]
+    try:
+        sampling = Sampling(**known)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return sampling
+
+
+def _is(value: object, hint: Any) -> bool:
+    """Whether a value is of a setting's type; true is no number, though it is an int of Python's."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(each, get_args(hint)[0]) for each in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
         "{",
         "[1]",
         {"prompt": ""},
-        {"prompt": "a", "top_q": 1, "seed": "x", "echo": 1, "stop": "x", "max_tokens": True},
+        {"prompt": "a", "top_q": 1, "seed": "x", "echo": 1, "stop": 7, "max_tokens": True},
         {"prompt": [True]},
         {"prompt": "a", "top_p": 7},
     )
@@ -68,8 +68,10 @@ def test_everything_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
     assert said[2] == "prompts.jsonl:3 prompt: must be a text or a list of tokens, and not empty"
     assert said[3].startswith(f"prompts.jsonl:4 top_q: is no setting; there are {names}")
     assert said[4:8] == [
-        f"prompts.jsonl:4 {name}: is {value!r}, which is not of its type"
-        for name, value in {"seed": "x", "echo": 1, "stop": "x", "max_tokens": True}.items()
+        "prompts.jsonl:4 max_tokens: is True; it must be a whole number",
+        "prompts.jsonl:4 seed: is 'x'; it must be a whole number or None",
+        "prompts.jsonl:4 stop: is 7; it must be a text or a list of texts",
+        "prompts.jsonl:4 echo: is 1; it must be true or false",
     ]
     assert said[8] == "prompts.jsonl:5 prompt: must be a text or a list of tokens, and not empty"
     assert said[9].startswith("prompts.jsonl:6 top_p: ")

@@ -136,6 +136,8 @@ def test_leaving_a_stream_frees_its_slot(model: Generator) -> None:
         pieces = iter(model.stream("a", max_tokens=40, ignore_end=True))
         next(pieces)
         pieces.close()  # type: ignore[attr-defined]
+    model.stream("a", max_tokens=40)  # is never asked for a piece, and so is not begun
+    assert model.engine.running + model.engine.waiting <= 1
     assert model.generate("a", max_tokens=2, ignore_end=True).reason == "length"
 
 
@@ -146,16 +148,14 @@ def test_a_full_queue_and_a_closed_engine_refuse(hybrid_model: Toy) -> None:
     with pytest.raises(ConfigError, match="4 texts are asked for at once, and there is room for 2 and for 1 that wait"):
         model.engine.submit(*jobs)
     model.engine.submit(*jobs[:3])
-    assert model.close()
-    assert all(job.row.position == 60 for job in jobs[:3])
     with pytest.raises(QueueFull, match="waiting already"):
         model.engine.submit(jobs[3])
+    assert model.close()
+    assert all(job.row.position == 60 for job in jobs[:3])
     with pytest.raises(Closed):
         model.start([1], sampling, ignored)
 
 
-@pytest.mark.parametrize("where", ["read", "copy", "step"])
-def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 def test_closing_ends_a_text_whose_prompt_is_being_read(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = hybrid_model.runner(slots=2)
     reading, go_on, read = threading.Event(), threading.Event(), runner.read
@@ -176,6 +176,8 @@ def test_closing_ends_a_text_whose_prompt_is_being_read(hybrid_model: Toy, monke
     assert ended[-1] == "cancelled"
 
 
+@pytest.mark.parametrize("where", ["read", "copy", "step"])
+def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     runner = hybrid_model.runner()
 
     def broken(*_: Any) -> torch.Tensor:
@@ -199,8 +201,25 @@ def test_closing_ends_a_text_whose_prompt_is_being_read(hybrid_model: Toy, monke
         ("a", {"top_q": 1}, "top_q: is no setting; there are echo, ignore_end"),
         ("a", {"temperature": -1, "top_p": 0}, "temperature: is -1; .*\ntop_p: is 0; "),
         ("a", {"stop_tokens": (-3,)}, "stop_tokens: has token -3"),
+        (
+            "a",
+            {"top_q": 1, "logprobs": True},
+            "top_q: is no setting; .*\nlogprobs: is True; it must be a",
+        ),
+        (None, {}, "prompt: is None; give a text or a list of tokens"),
+        (5, {}, "prompt: is 5; give a text or a list of tokens"),
+        (["a"], {}, r"prompt: is \['a'\]; give a text or a list of tokens"),
+        ([True], {}, r"prompt: is \[True\]; give a text or a list of tokens"),
     ],
 )
 def test_wrong_requests_are_refused_at_once(model: Generator, prompt: Any, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         model.stream(prompt, **settings)
+
+
+def test_a_batch_is_a_list_of_prompts(model: Generator) -> None:
+    with pytest.raises(ConfigError, match="prompts: is one text; give a list of them, or call generate"):
+        model.generate_batch("abc")
+    tokens = torch.tensor([97, 98])
+    (text,) = model.generate_batch([tokens], max_tokens=4, temperature=0)  # type: ignore[list-item]
+    assert text == model.generate("ab", max_tokens=4, temperature=0)

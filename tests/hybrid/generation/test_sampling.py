@@ -1,5 +1,7 @@
 """Choosing tokens: each setting by itself, against its definition."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,3 +75,36 @@ def test_all_wrong_values_are_named() -> None:
         )
     places = [problem.place for problem in caught.value.problems]
     assert places == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "must_be"),
+    [
+        ("max_tokens", 5.5, "a whole number"),
+        ("max_tokens", "5", "a whole number"),
+        ("temperature", None, "a number"),
+        ("temperature", True, "a number"),
+        ("top_k", 2.5, "a whole number"),
+        ("seed", "a", "a whole number or None"),
+        ("seed", 1.5, "a whole number or None"),
+        ("stop", 5, "a text or a list of texts"),
+        ("stop", ["a", 5], "a text or a list of texts"),
+        ("stop_tokens", 40, "a list of tokens"),
+        ("stop_tokens", [True], "a list of tokens"),
+        ("ignore_end", 1, "true or false"),
+        ("logprobs", True, "a whole number or None"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any, must_be: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Sampling(**{name: value, "min_p": 7})
+    shown = tuple(value) if isinstance(value, list) else value
+    said = [str(problem) for problem in caught.value.problems if problem.place != "min_p"]
+    assert said == [f"{name}: is {shown!r}; it must be {must_be}"] and len(caught.value.problems) == 2
+
+
+def test_where_a_text_ends_is_said_by_one_text_or_several() -> None:
+    stop: Any = "_("  # is no set of characters
+    assert Sampling(stop=stop).stop == ("_(",)
+    assert Sampling(stop=["_", "("]).stop == ("_", "(")  # type: ignore[arg-type]
+    assert Sampling(temperature=1, top_p=1) == Sampling(temperature=1.0)
