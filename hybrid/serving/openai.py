@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
 from hybrid.generation.generator import Generator
-from hybrid.generation.text import Piece, TokenText
+from hybrid.generation.text import Piece, TokenText, text_bytes
 from hybrid.serving import schemas as form
 from hybrid.serving.asking import Asked, broken_off
 from hybrid.serving.metrics import Metrics
@@ -58,12 +58,9 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
         wanted = body.logprobs is not None
         if body.stream:
-            offsets: dict[int, int] = {}
 
             def chunk(index: int, piece: Piece) -> BaseModel:
-                scores = None
-                if wanted:
-                    scores, offsets[index] = completion_logprobs(piece.tokens, offsets.get(index, 0))
+                scores = completion_logprobs(piece.tokens) if wanted else None
                 choice = form.CompletionChoice(
                     index=index, text=piece.text, logprobs=scores, finish_reason=piece.reason
                 )
@@ -77,7 +74,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
             form.CompletionChoice(
                 index=i,
                 text=text.text,
-                logprobs=completion_logprobs(text.tokens)[0] if wanted else None,
+                logprobs=completion_logprobs(text.tokens) if wanted else None,
                 finish_reason=text.reason,
             )
             for i, text in enumerate(texts)
@@ -129,18 +126,16 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     return routes
 
 
-def completion_logprobs(tokens: Sequence[TokenText], offset: int = 0) -> tuple[form.CompletionLogprobs, int]:
-    """Log-probabilities as /v1/completions has them, and where the next token starts. Of two likely tokens with the
-    same text the likelier one is given."""
+def completion_logprobs(tokens: Sequence[TokenText]) -> form.CompletionLogprobs:
+    """Log-probabilities as /v1/completions has them. Of two likely tokens with the same text the likelier is given."""
     result = form.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token in tokens:
         result.tokens.append(token.text)
         result.token_logprobs.append(token.logprob)
         likely = dict(reversed(token.top))
         result.top_logprobs.append(None if token.logprob is None else likely)
-        result.text_offset.append(offset)
-        offset += len(token.text)
-    return result, offset
+        result.text_offset.append(token.offset)
+    return result
 
 
 def chat_logprobs(tokens: Sequence[TokenText]) -> form.ChatLogprobs:
@@ -149,9 +144,9 @@ def chat_logprobs(tokens: Sequence[TokenText]) -> form.ChatLogprobs:
         form.ChosenLogprob(
             token=token.text,
             logprob=token.logprob or 0.0,
-            bytes=list(token.text.encode()),
+            bytes=text_bytes(token.text),
             top_logprobs=[
-                form.TokenLogprob(token=text, logprob=value, bytes=list(text.encode())) for text, value in token.top
+                form.TokenLogprob(token=text, logprob=value, bytes=text_bytes(text)) for text, value in token.top
             ],
         )
         for token in tokens

@@ -4,7 +4,7 @@ import pytest
 
 from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.generation.sampling import Chosen, Sampling
-from hybrid.generation.text import TextStream, token_text
+from hybrid.generation.text import TextStream, prompt_texts, text_bytes, token_text
 
 
 def pieces(text: bytes, *stop: str) -> tuple[list[str], bool]:
@@ -43,3 +43,21 @@ def test_the_text_of_a_token() -> None:
     assert token_text(tokenizer, b"ab", ord("c")) == "c"
     assert token_text(tokenizer, b"ab", 0xC3) == "bytes:\\xc3"
     assert token_text(tokenizer, b"ab", 256) == "<token 256>"
+
+
+@pytest.mark.parametrize("echo", [False, True])
+def test_each_byte_of_a_character_is_a_token_that_begins_where_the_character_does(echo: bool) -> None:
+    tokenizer, content = ByteTokenizer(), "é日😀."
+    ids = tokenizer.encode(content)
+    stream = TextStream(tokenizer, ids, Sampling(logprobs=1, echo=echo))
+    made = [stream.push(Chosen(token, -1.0, [(token, -1.0)])).tokens[0] for token in ids]
+    made += stream.ended_by(Chosen(256, -1.0)).tokens
+    for tokens, start in ((prompt_texts(tokenizer, ids, [Chosen(i) for i in ids[1:]]), 0), (made, 4 if echo else 0)):
+        assert [token.offset - start for token in tokens[:10]] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 3]
+        assert [token.text for token in tokens[:10]] == [
+            *(f"bytes:\\x{byte:02x}" for byte in content.encode()[:9]),
+            ".",
+        ]
+        assert [text_bytes(token.text) for token in tokens[:10]] == [[byte] for byte in content.encode()]
+    assert [token.top[0][0] for token in made[:10]] == [token.text for token in made[:10]]
+    assert (made[10].text, made[10].offset - start, text_bytes(made[10].text)) == ("<token 256>", 4, None)
