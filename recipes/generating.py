@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
     from converters.checkpoint import Checkpoint
+    from converters.layout import Layout
+    from hybrid.config import ModelConfig
     from hybrid.generation.generator import Generator
     from hybrid.generation.runner import Room, Runner
     from hybrid.generation.weights import Weights
@@ -89,6 +91,7 @@ def open_generator(reference: str | Path, *, max_waiting: int = 256, **options: 
     tokenizer = _tokenizer(opening, checkpoint)
     template = _chat_template(opening, checkpoint, tokenizer)
     opening = _limited(opening, checkpoint)
+    _layout(opening, checkpoint)  # what cannot be shared so is said once, not by every rank
     _require_memory(opening, checkpoint)
     with _no_pool_here():
         runner = _runner(opening, checkpoint) if opening.tensor_parallel == 1 else _lead(opening, checkpoint)
@@ -155,10 +158,19 @@ def _chat_template(opening: Opening, checkpoint: "Checkpoint", tokenizer: Tokeni
     folder = Path(opening.tokenizer) if opening.tokenizer is not None else checkpoint.tokenizer_folder
     try:
         if opening.chat_template is not None:
-            return ChatTemplate(opening.chat_template, special_tokens(folder) if folder else ())
+            template = ChatTemplate(opening.chat_template, special_tokens(folder) if folder else ())
+            _require_jinja(template)
+            return template
         return tokenizer.chat_template or (find_template(folder) if folder else None)
     except ValueError as error:
         raise ConfigError(Problem("--tokenizer", f"'{folder}' cannot be read: {error}")) from None
+
+
+def _require_jinja(template: ChatTemplate) -> None:
+    try:
+        template.check()
+    except ValueError as error:
+        raise ConfigError(Problem("--chat-template", str(error))) from None
 
 
 def _tokenizer(opening: Opening, checkpoint: "Checkpoint") -> Tokenizer:
@@ -226,6 +238,14 @@ def _room(opening: Opening) -> "Room":
     )
 
 
+def _layout(opening: Opening, checkpoint: "Checkpoint") -> "tuple[ModelConfig, Layout]":
+    """The model in one stage, and how its ranks share it. Raises ConfigError if they cannot."""
+    from converters import layout
+
+    model = replace(checkpoint.model, layer_pattern=str(checkpoint.model.pattern).replace("|", ""))
+    return model, layout.target(model, tensor=opening.tensor_parallel)
+
+
 def _weights(
     opening: Opening, checkpoint: "Checkpoint", rank: int = 0, group: "dist.ProcessGroup | None" = None
 ) -> "Weights":
@@ -236,8 +256,7 @@ def _weights(
     from converters.streams import Reader
     from hybrid.generation import weights
 
-    model = replace(checkpoint.model, layer_pattern=str(checkpoint.model.pattern).replace("|", ""))
-    target = layout.target(model, tensor=opening.tensor_parallel)
+    model, target = _layout(opening, checkpoint)
     shards = layout.shards(checkpoint.tensors, model, target)[rank, 0, 0]
     named = {megatron.live_name(name, model): part for name, part in shards.items()}
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -19,13 +19,20 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool, **others: Any) -> str:
         """Return the conversation as text. Raises ValueError for what the template refuses."""
-        import jinja2
-
         values = {"tools": None, "documents": None, **dict(self.tokens), **others}
         try:
             return _compile(self.text).render(messages=messages, add_generation_prompt=add_generation_prompt, **values)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: it can divide by 0, too
             raise ValueError(f"the tokenizer's chat template refuses it: {error}") from error
+
+    def check(self) -> None:
+        """Raise ValueError if it is no Jinja."""
+        import jinja2
+
+        try:
+            _compile(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno} is no Jinja: {error}") from error
 
 
 @lru_cache

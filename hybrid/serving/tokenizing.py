@@ -32,7 +32,7 @@ class DetokenizeRequest(Form):
     """POST /detokenize."""
 
     tokens: list[Token]
-    model: str | None = None
+    model: Text | None = None
 
 
 class Detokenized(BaseModel):

@@ -126,6 +126,11 @@ def test_what_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"slots: is 0; .*\ndtype: is 'int4', which is not one of float32"):
         open_generator(path, slots=0, dtype="int4")
     monkeypatch.setattr(generating, "_weights", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(generating, "_follow", lambda *_: pytest.fail("a rank was started"))
+    with pytest.raises(ConfigError, match="--tensor-parallel"):
+        open_generator(path, tokenizer="byte", tensor_parallel=3)
+    with pytest.raises(ConfigError, match="--chat-template: line 2 is no Jinja: "):
+        open_generator(path, tokenizer="byte", chat_template="{% for m in messages %}\n{{ m[ }}")
     with pytest.raises(UserError, match=r"needs .* GiB of weights as float32, .* GiB for 32 sequences of 1000000000"):
         open_generator(path, tokenizer="byte", max_length=10**9)
 

@@ -42,3 +42,10 @@ def test_a_template_goes_before_the_plain_layout_and_says_what_it_refuses() -> N
         assert model.chat(MESSAGES[:1]) == [*b"<"]
         with pytest.raises(ConfigError, match="messages: the tokenizer's chat template refuses it: too many"):
             model.chat(MESSAGES)
+
+
+@pytest.mark.parametrize("program", ["1 // 0", "'a' + 1", "2.0 ** 9999", "messages.nothing.at_all"])
+def test_whatever_a_template_fails_with_is_the_conversations_problem(program: str) -> None:
+    with opened(chat_template=ChatTemplate("{{ " + program + " }}")) as model, pytest.raises(ConfigError) as caught:
+        model.chat(MESSAGES)
+    assert str(caught.value).startswith("messages: the tokenizer's chat template refuses it: ")

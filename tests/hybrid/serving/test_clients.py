@@ -137,6 +137,18 @@ def test_megatrons_clients(served: Served) -> None:
         assert half.status_code == 400 and "half of a character" in half.json()
 
 
+def test_half_a_character_as_the_models_name_is_refused_on_all_routes(served: Served) -> None:
+    with served.client(headers={"content-type": "application/json"}) as http:
+        for route, rest in [
+            ("/v1/completions", '"prompt": "a"'),
+            ("/v1/chat/completions", '"messages": []'),
+            ("/tokenize", '"prompt": "a"'),
+            ("/detokenize", '"tokens": [97]'),
+        ]:
+            answer = http.post(route, content='{"model": "\\ud800", ' + rest + "}")
+            assert answer.status_code == 400 and "half of a character" in answer.text
+
+
 def test_a_body_that_is_not_called_json_is_refused(served: Served) -> None:
     with served.client() as http:
         answer = http.post("/v1/completions", content='{"prompt": "a"}')
