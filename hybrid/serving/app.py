@@ -1,6 +1,6 @@
 """The HTTP server: one model, the routes of OpenAI's and Megatron's clients, and a page to try it."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -24,11 +24,19 @@ _PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
-# What a misspelt field may have meant.
+# What a misspelt field of a route may have meant.
 _FIELDS = {
-    **schemas.CompletionRequest.model_fields,
-    **schemas.ChatRequest.model_fields,
-    **megatron.ApiRequest.model_fields,
+    "/v1/completions": schemas.CompletionRequest.model_fields,
+    "/v1/chat/completions": schemas.ChatRequest.model_fields,
+    "/api": megatron.ApiRequest.model_fields,
+    "/tokenize": tokenizing.TokenizeRequest.model_fields,
+    "/detokenize": tokenizing.DetokenizeRequest.model_fields,
+}
+# Pydantic's words where they are about Python.
+_WORDS = {
+    "none_required": "must be null",
+    "model_attributes_type": "must be a JSON object",
+    "dict_type": "must be a JSON object",
 }
 _POLICY = "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"
 
@@ -77,6 +85,18 @@ def _file(name: str, kind: str) -> Callable[[], Any]:
     return read
 
 
+def _place(problem: Mapping[str, Any]) -> str:
+    """The field that is wrong, as its sender knows it: of several types, pydantic names the one that was tried, too."""
+    parts = problem["loc"][1:]  # the first is the body
+    if problem["type"] == "extra_forbidden":  # whose last part is the sender's own
+        return ".".join(str(part) for part in [*filter(_is_name, parts[:-1]), parts[-1]])
+    return ".".join(str(part) for part in filter(_is_name, parts))
+
+
+def _is_name(part: str | int) -> bool:
+    return isinstance(part, int) or (part.isidentifier() and part not in ("str", "int", "TextPart"))
+
+
 def _add_failures(app: FastAPI, metrics: Metrics) -> None:
     """Failures with the right status, in the form of those who asked."""
 
@@ -94,13 +114,14 @@ def _add_failures(app: FastAPI, metrics: Metrics) -> None:
             said = f"is '{kind}'" if kind else "is missing"
             return answer(request, 400, f"content-type {said}; send application/json", "invalid_request_error")
         messages, first = [], None
+        fields = _FIELDS.get(request.url.path, {})
         for each in problem.errors():
-            place = ".".join(str(part) for part in each["loc"] if part != "body")
+            place = _place(each)
             first = first or place or None
-            message = each["msg"]
+            message = str(_WORDS.get(each["type"], each["msg"])).removeprefix("Value error, ")
             if each["type"] == "extra_forbidden":
-                message = f"there is no such field{nearest(place, _FIELDS)}"
-            messages.append(f"{place}: {message}" if place else message)
+                message = f"there is no such field{nearest(place, fields)}"
+            messages.append(f"{place}: {message}" if place else f"the body: {message}")
         # A union says for each of its members why it is not that one.
         return answer(request, 400, "\n".join(dict.fromkeys(messages)), "invalid_request_error", first)
 

@@ -5,6 +5,7 @@ other, 0 is no limit, and `top_k` 1 takes the likeliest token; `logprobs` are of
 of the text's.
 """
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -51,7 +52,7 @@ class ApiRequest(Form):
     def sampling(self) -> Sampling:
         """The settings of every text. Raises ConfigError for what is not done here."""
         problems = [
-            Problem(name, f"is {getattr(self, name)!r}; this server takes {value!r} only")
+            Problem(name, f"is {json.dumps(getattr(self, name))}; this server takes {json.dumps(value)} only")
             for name, value in _REFUSED.items()
             if getattr(self, name) != value
         ]

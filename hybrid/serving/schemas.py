@@ -61,8 +61,15 @@ class Common(Form):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="empty only")
     user: str | None = Field(None, description="taken, and not used")
 
+    def contradictions(self) -> list[Problem]:
+        """Fields that mean nothing beside the others."""
+        unread = self.stream_options is not None and not self.stream
+        return [Problem("stream_options", "says nothing without stream: true; leave it out")] if unread else []
+
     def sampling(self, max_tokens: int, **more: Any) -> Sampling:
-        """The settings of one text."""
+        """The settings of one text. Raises ConfigError for fields that contradict each other."""
+        if problems := self.contradictions():
+            raise ConfigError(problems)
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return Sampling(
             max_tokens=max_tokens,
@@ -125,6 +132,17 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def contradictions(self) -> list[Problem]:
+        """Fields that mean nothing beside the others."""
+        problems = super().contradictions()
+        if self.top_logprobs is not None and not self.logprobs:
+            problems.append(Problem("top_logprobs", "says nothing without logprobs: true; add that, or leave it out"))
+        most = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(most) > 1:
+            said = f"is {self.max_completion_tokens} and max_tokens is {self.max_tokens}; give one of them"
+            problems.append(Problem("max_completion_tokens", said))
+        return problems
 
 
 class ErrorDetail(BaseModel):

@@ -86,7 +86,8 @@ def test_failures_are_those_of_the_package(client: openai.OpenAI, guarded: Serve
     ("body", "says"),
     [
         ("{", "no JSON"),
-        ("[]", "valid dictionary"),
+        ("[]", "the body: must be a JSON object"),
+        ("", "the body: Field required"),
         ({}, "prompt: Field required"),
         ({"prompt": ""}, "prompt: is empty"),
         ({"prompt": []}, "prompt: is empty"),
@@ -100,6 +101,13 @@ def test_failures_are_those_of_the_package(client: openai.OpenAI, guarded: Serve
         ({"prompt": "a", "presence_penalty": 1.0}, "presence_penalty: Input should be less than or equal to 0"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
         ({"prompt": "a", "tools": []}, "tools: there is no such field"),
+        ({"prompt": "a", "sufix": "b"}, "sufix: there is no such field; did you mean suffix?"),
+        ({"prompt": "a", "suffix": "b"}, "suffix: must be null"),
+        ({"prompt": "a", "body": 1}, "body: there is no such field"),
+        (
+            {"prompt": "a", "stream_options": {"include_usage": True}},
+            "stream_options: says nothing without stream: true",
+        ),
         ({"prompt": "a", "stop": [""]}, "stop: "),
         ('{"prompt": "\\ud800"}', "holds half of a character"),
         ('{"prompt": "a", "stop": "\\udc80"}', "holds half of a character"),
@@ -111,6 +119,39 @@ def test_bad_input_is_refused_in_openais_form(served: Served, body: object, says
         answer = http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert says in answer.json()["error"]["message"]
+
+
+def test_a_refusal_has_the_names_of_the_route_and_none_of_pythons(served: Served) -> None:
+    with served.client() as http:
+
+        def refused(body: object, route: str = "/v1/completions") -> str:
+            answer = http.post(route, json=body)
+            assert answer.status_code == 400
+            return answer.json()["error"]["message"]
+
+        # There are such fields, but in chats.
+        assert refused({"prompt": "a", "messages": 1}) == "messages: there is no such field"
+        assert refused({"prompt": "a", "top_logprobs": 1}) == (
+            "top_logprobs: there is no such field; did you mean logprobs?"
+        )
+        assert refused({"prompt": 5}) == "prompt: Input should be a valid string\nprompt: Input should be a valid list"
+        assert refused({"prompt": [{}]}).splitlines()[1] == "prompt.0: Input should be a valid integer"
+        for content in (5, [{"type": "image_url"}]):
+            said = refused({"messages": [{"role": "user", "content": content}]}, "/v1/chat/completions")
+            assert "messages.0.content" in said and not set("[(_") & set(said.replace("image_url", ""))
+
+
+def test_chats_refuse_what_says_nothing_or_two_things(served: Served) -> None:
+    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+    with served.client() as http:
+        for more, says in [
+            ({"top_logprobs": 2}, "top_logprobs: says nothing without logprobs: true"),
+            ({"stream_options": {"include_usage": True}}, "stream_options: says nothing without stream: true"),
+            ({"max_completion_tokens": 3}, "max_completion_tokens: is 3 and max_tokens is 2; give one of them"),
+        ]:
+            answer = http.post("/v1/chat/completions", json={**asked, **more})
+            assert answer.status_code == 400 and says in answer.json()["error"]["message"]
+        assert http.post("/v1/chat/completions", json={**asked, "max_completion_tokens": 2}).status_code == 200
 
 
 def test_megatrons_clients(served: Served) -> None:
@@ -125,7 +166,7 @@ def test_megatrons_clients(served: Served) -> None:
         for wrong, says in [
             ({}, "prompts: Field required"),
             ({"prompts": []}, "prompts: List should have at least 1"),
-            ({"prompts": ["a"], "beam_width": 3}, "beam_width: is 3; this server takes None only"),
+            ({"prompts": ["a"], "beam_width": 3}, "beam_width: is 3; this server takes null only"),
             ({"prompts": ["a"], "top_k": 3, "top_p": 0.5}, "top_p: cannot be set together with top_k"),
             ({"prompts": ["a"], "top_p_decay": 0.5}, "top_p_decay: is 0.5"),
             ({"prompts": ["a"], "max_len": 5}, "max_len: there is no such field"),
