@@ -1,5 +1,6 @@
 """The verb that serves a model over HTTP."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -37,11 +38,15 @@ def serve(
     allow: Allow = None,
 ) -> None:
     """Serve a trained model: OpenAI's and Megatron's routes, metrics, and a page to try it."""
+    from hybrid.errors import ConfigError, Problem
+    from hybrid.generation.batches import read_text
     from hybrid.serving.limits import Limits
     from hybrid.serving.server import listen, run
     from recipes import open_generator
 
-    template = None if chat_template is None else _read(chat_template)
+    if not math.isfinite(body_mib):
+        raise ConfigError(Problem("--body-mib", f"is {body_mib}; give a number of MiB"))
+    template = None if chat_template is None else read_text(chat_template, "--chat-template")
     socket = listen(host, port)  # a port that is taken is said before the model is loaded
     model = open_generator(
         checkpoint,
@@ -59,12 +64,3 @@ def serve(
     )
     model.name = name or model.name
     run(model, socket, Limits(api_key, int(body_mib * 2**20)), drain)
-
-
-def _read(template: Path) -> str:
-    from hybrid.errors import ConfigError, Problem
-
-    try:
-        return template.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem("--chat-template", f"'{template}' cannot be read: {error}")) from None

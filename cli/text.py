@@ -61,7 +61,9 @@ def generate(
     dtype: Dtype = None,
     tensor_parallel: TensorParallel = 1,
     max_length: MaxLength = 4096,
-    slots: Annotated[int, typer.Option(min=1, help="For --batch: texts that are made together.")] = 32,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="For --batch: texts that are made together; default: 32.")
+    ] = None,
     batch_invariant: Invariant = False,
     known: Known = None,
     allow: Allow = None,
@@ -84,6 +86,8 @@ def generate(
     from hybrid.generation import batches
 
     requests, text = [], ""
+    if batch is None:
+        _refuse_of_batches({"--output": output, "--slots": slots})
     if batch is not None:
         _one_source(prompt, prompt_file, batch)
         requests = batches.read(batch, settings)  # everything wrong with them is said before the model is loaded
@@ -99,7 +103,7 @@ def generate(
         dtype=dtype,
         tensor_parallel=tensor_parallel,
         max_length=max_length,
-        slots=slots if batch is not None else 1,
+        slots=1 if batch is None else slots or 32,
         batch_invariant=batch_invariant,
         known=model_fields(known),
         allow=tuple(allow or ()),
@@ -119,6 +123,14 @@ def generate(
         typer.echo()
 
 
+def _refuse_of_batches(options: dict[str, Any]) -> None:
+    from hybrid.errors import ConfigError, Problem
+
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError([Problem(name, "is for --batch; give that, too, or leave it out") for name in given])
+
+
 def _one_source(prompt: str | None, prompt_file: Path | None, batch: Path | None) -> None:
     from hybrid.errors import ConfigError, Problem
 
@@ -134,16 +146,13 @@ def _one_source(prompt: str | None, prompt_file: Path | None, batch: Path | None
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from where it was said to be; from stdin if that is no terminal."""
     from hybrid.errors import ConfigError, Problem
+    from hybrid.generation.batches import read_text
 
     _one_source(prompt, prompt_file, None)
     if prompt_file is not None:
-        try:
-            return prompt_file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(Problem("--prompt-file", f"'{prompt_file}' cannot be read: {reason}")) from None
+        return read_text(prompt_file, "--prompt-file")
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
-        return sys.stdin.read()
+        return read_text(Path("-"), "--prompt")
     if prompt is None:
         raise ConfigError(Problem("--prompt", "is missing: give a text, --prompt-file, --batch, or text on stdin"))
     return prompt

@@ -27,16 +27,29 @@ def check(prompt: str, settings: Mapping[str, Any]) -> None:
         raise ConfigError(problems)
 
 
+def read_text(path: Path, place: str) -> str:
+    """A file's text, or stdin's ("-"), with its line ends as they are. Raises ConfigError if that is not to be had."""
+    try:
+        content = _stdin() if str(path) == "-" else path.read_bytes()
+        return content.decode() if isinstance(content, bytes) else content
+    except (OSError, UnicodeDecodeError) as error:
+        named = "stdin" if str(path) == "-" else f"'{path}'"
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(Problem(place, f"{named} cannot be read: {reason}")) from None
+
+
+def _stdin() -> bytes | str:
+    """As bytes where it has any: its text has been through the locale's encoding, and its line ends are others."""
+    binary = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if binary is None else binary.read()
+
+
 def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
     """Read lines such as {"prompt": "def ", "seed": 1}; what a line does not say is as in `settings`.
 
     Raises ConfigError with everything that is wrong, by line.
     """
-    try:
-        lines = (sys.stdin.read() if str(path) == "-" else path.read_text("utf-8")).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(Problem("--batch", f"'{path}' cannot be read: {reason}")) from None
+    lines = read_text(path, "--batch").split("\n")  # not splitlines: JSON may hold U+2028 and the like
     requests, problems = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -78,10 +91,21 @@ def _are_tokens(value: Any) -> bool:
 
 def refuse_output(output: Path | None) -> None:
     """Raise ConfigError if the output cannot be written to."""
-    if output is not None and not output.parent.is_dir():
+    if output is None:
+        return
+    target = _target(output)
+    if not target.parent.is_dir():
         raise ConfigError(Problem("--output", f"'{output}' is in a folder that does not exist"))
-    if output is not None and output.is_dir():
+    if target.is_dir():
         raise ConfigError(Problem("--output", f"'{output}' is a folder"))
+    if target.exists() and not target.is_file():
+        message = f"'{output}' is no regular file, which would be replaced; leave --output out and redirect stdout"
+        raise ConfigError(Problem("--output", message))
+
+
+def _target(output: Path) -> Path:
+    """What is to be written: a link stays, and what it leads to is replaced."""
+    return Path(os.path.realpath(output))
 
 
 def run(
@@ -120,12 +144,13 @@ def _writing(output: Path | None) -> Any:
     if output is None:
         yield sys.stdout
         return
-    part = output.with_name(f".{output.name}.part")
+    target = _target(output)
+    part = target.with_name(f".{target.name}.part")
     try:
         file: TextIO
         with part.open("w", encoding="utf-8") as file:
             yield file
-        os.replace(part, output)
+        os.replace(part, target)
     except OSError as error:
         raise UserError(f"{output} was not written: {error.strerror}") from error
     finally:

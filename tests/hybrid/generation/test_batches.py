@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,28 @@ def test_a_file_without_lines_or_that_is_none_is_refused(tmp_path: Path) -> None
     for output, says in ((tmp_path / "none" / "x", "is in a folder that does not exist"), (tmp_path, "is a folder")):
         with pytest.raises(ConfigError, match=f"--output: '.*' {says}"):
             batches.refuse_output(output)
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n'.encode())
+    assert [prompt for prompt, _ in batches.read(path, OWN)] == ["a\u2028b\u0085c", "d"]
+
+
+def test_an_output_replaces_a_file_alone_and_follows_a_link(tmp_path: Path, model: Generator) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "to the fifo").symlink_to("fifo")
+    for output in (Path("/dev/null"), tmp_path / "fifo", tmp_path / "to the fifo"):
+        with pytest.raises(ConfigError, match=r"--output: '.*' is no regular file"):
+            batches.refuse_output(output)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "texts.jsonl").write_text("old")
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere/texts.jsonl")
+    batches.refuse_output(link)
+    batches.run(model, read(tmp_path, {"prompt": "a"}), link)
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "elsewhere" / "texts.jsonl").read_text())["prompt"] == "a"
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists) | st.text())
