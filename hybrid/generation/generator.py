@@ -189,7 +189,7 @@ class Generator:
             if sampling.echo and not echoed:
                 echoed = True
                 tokens = prompt_texts(self.tokenizer, prompt, scores) if sampling.logprobs is not None else []
-                listener(Piece(self.tokenizer.decode(prompt), tokens))
+                listener(Piece(self.tokenizer.decode(prompt), tokens, echo=True))
 
         def on_token(chosen: Chosen) -> bool:
             echo()

@@ -26,11 +26,15 @@ class TokenText:
 
 @dataclass
 class Piece:
-    """What came in one go: text that is certain (it can be empty), its tokens, and why it ended, once it has."""
+    """What came in one go: text that is certain (it can be empty), its tokens, and why it ended, once it has.
+
+    `echo`: it is the prompt.
+    """
 
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     reason: str | None = None
+    echo: bool = False
 
 
 class TextStream:

@@ -48,6 +48,9 @@ class Asked:
 
     def _listener(self, index: int) -> Listener:
         def listen(piece: Piece) -> None:
+            if piece.reason:  # counted here, since nobody takes the last piece of who has hung up
+                self._metrics.requests.labels(self._route, piece.reason).inc()
+                self._metrics.duration.observe(time.monotonic() - self._started)
             # Waking the loop costs more than a token: only the first piece after it has taken all others does.
             self._pieces.append((index, piece))
             if len(self._pieces) == 1 and not self._loop.is_closed():  # closed: the server is gone
@@ -72,11 +75,9 @@ class Asked:
             yield index, piece
 
     def _note(self, index: int, piece: Piece) -> None:
-        now = time.monotonic()
-        if piece.reason:
-            self._metrics.requests.labels(self._route, piece.reason).inc()
-            self._metrics.duration.observe(now - self._started)
+        if piece.reason or piece.echo:
             return
+        now = time.monotonic()
         if index not in self._last:
             self._metrics.first_token.observe(now - self._started)
         else:

@@ -243,6 +243,26 @@ def test_metrics_count(served: Served) -> None:
     assert "hybrid_time_to_first_token_seconds_bucket" in text
 
 
+def _count(served: Served, line: str) -> float:
+    with served.client() as http:
+        found = [each.split()[1] for each in http.get("/metrics").text.splitlines() if each.startswith(line)]
+    return float(found[0]) if found else 0.0
+
+
+def test_metrics_count_who_hangs_up_and_no_echo(served: Served) -> None:
+    cancelled = 'hybrid_requests_total{reason="cancelled",route="completions"}'
+    before = _count(served, cancelled)
+    body = {"prompt": "a", "max_tokens": 16000, "ignore_eos": True, "stream": True}
+    with served.client() as http, http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    assert served.idle() and _count(served, cancelled) == before + 1
+    names = ("hybrid_generated_tokens_total", "hybrid_time_to_first_token_seconds_count")
+    before_echo = [_count(served, name) for name in names]
+    with served.client() as http:
+        http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert [_count(served, name) for name in names] == before_echo
+
+
 def test_many_clients_at_once(served: Served) -> None:
     """Eight threads on four slots, each with its own seed: every text is the one that it is alone."""
     alone = [served.model.generate("x", seed=i, temperature=1.0, max_tokens=30).text for i in range(8)]
