@@ -25,7 +25,11 @@ async function connect() {
     }
     const model = (await response.json()).data[0];
     $("model").textContent = `${model.id}, up to ${model.max_length.toLocaleString("en")} tokens`;
-    $("max_tokens").max = model.max_length;
+    const tokens = $("max_tokens");
+    tokens.max = model.max_length;
+    // The prompt takes positions, too. What was typed before the server answered stays.
+    if (tokens.value === tokens.defaultValue)
+      tokens.value = Math.max(1, Math.min(tokens.value, Math.floor(model.max_length / 2)));
   } catch {
     $("model").textContent = "the server does not answer";
   }
@@ -132,7 +136,7 @@ async function generate(event) {
   prompt.className = "prompt";
   prompt.textContent = body.prompt;
   $("output").append(prompt);
-  let tokens = 0, first = 0, ended = "stopped", follows = true, paused = performance.now();
+  let tokens = 0, first = 0, ended = "", follows = true, paused = performance.now();
   const output = $("output");
   const follow = () => { if (follows) output.scrollTop = output.scrollHeight; };
   // A fast model's tokens would keep the browser from everything else: from drawing, and from the stop button.
@@ -173,8 +177,11 @@ async function generate(event) {
       say();
       if (performance.now() - paused > 30) await pause();
     }
+    if (!ended) throw new Error("the server ended the text before it was finished");
   } catch (problem) {
-    if (problem.name !== "AbortError") {
+    if (problem.name === "AbortError") {
+      ended ||= "stopped";
+    } else {
       fail(problem.message);
       ended = "failed";
     }

@@ -130,6 +130,27 @@ def test_the_stop_button_frees_the_slot(page: Any, served: Served) -> None:
     assert served.idle()
 
 
+def test_a_text_that_breaks_off_is_shown_as_failed(page: Any) -> None:
+    piece = {"choices": [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]}
+    page.route(
+        "**/v1/completions",
+        lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(piece)}\n\n"),
+    )
+    page.click("#go")
+    sync_api.expect(page.locator("#speed")).to_contain_text("failed")
+    sync_api.expect(page.locator("#error")).to_have_text("the server ended the text before it was finished")
+
+
+def test_tokens_are_asked_for_as_a_short_model_has_positions(browser: Any, served: Served) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    entry = {"data": [{"id": "toy", "max_length": 64}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=entry))
+    page.goto(served.url)
+    sync_api.expect(page.locator("#max_tokens")).to_have_value("32")
+    context.close()
+
+
 def test_a_refusal_is_shown(page: Any) -> None:
     page.fill("#max_tokens", "16384")
     page.fill("#prompt", "much too long for these tokens")
