@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 from math import inf, isclose, isfinite
 from typing import Any
 
+from hybrid.config import GATED_NORM_EPSILON
 from hybrid.errors import ConfigError, Problem
-
-GATED_NORM_EPSILON = 1e-5
-"""What megatron-core's gated norm of a Mamba-2 layer adds, and so generation's (`hybrid.generation.weights`)."""
 
 
 def _whole(least: int) -> Callable[[Any], bool]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from converters.hf_checks import (
-    GATED_NORM_EPSILON,
     fixed,
     gated_norm,
     mamba_biases,
@@ -18,7 +17,7 @@ from converters.hf_checks import (
     silu,
     time_step_limit,
 )
-from hybrid.config import ModelConfig
+from hybrid.config import GATED_NORM_EPSILON, ModelConfig
 from hybrid.errors import ConfigError, Problem
 
 Json = dict[str, Any]

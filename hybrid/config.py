@@ -24,6 +24,9 @@ TooLong = Literal["refuse", "truncate", "drop"]
 Tracker = Literal["tensorboard", "wandb"]
 OnFault = Literal["stop", "skip", "rollback"]
 
+GATED_NORM_EPSILON = 1e-5
+"""What a Mamba-2 layer's gated norm adds, whatever norm_epsilon is: megatron-core (ssm/mamba_mixer.py) fixes it."""
+
 
 def option(default: Any, doc: str, unit: str = "") -> Any:
     """Return a dataclass field with its one-line meaning and its unit."""

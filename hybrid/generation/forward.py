@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybrid.config import GATED_NORM_EPSILON
 from hybrid.generation import ops, prefill_kernels
 from hybrid.generation.state import AttentionState, MambaState, Slots, to_device
 from hybrid.generation.weights import (
-    GATED_NORM_EPSILON,
     Attention,
     Experts,
     Latent,

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from hybrid.config import ModelConfig
 
-GATED_NORM_EPSILON = 1e-5  # megatron-core's and mamba-ssm's, whatever the model's own
-
 Take = Callable[[str], Tensor]
 
 
