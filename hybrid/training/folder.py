@@ -143,10 +143,15 @@ def refuse_other_run(settings: Settings) -> None:
     problems = [
         Problem(field, f"is {new!r}, but the run in '{run}' has {old!r}; name this run otherwise (name=...)")
         for field, (old, new) in changed.items()
-        if not field.startswith(_MAY_CHANGE)
+        if not field.startswith(_MAY_CHANGE) and not _cut_otherwise(field, old, new)
     ]
     if problems:
         raise ConfigError(problems)
+
+
+def _cut_otherwise(field: str, old: object, new: object) -> bool:
+    """Whether two layer patterns are the same layers, on other pipeline stages."""
+    return field == "model.layer_pattern" and str(old).replace("|", "") == str(new).replace("|", "")
 
 
 def foreign_format(path: Path) -> str:

@@ -108,7 +108,7 @@ def test_after_sigterm_texts_are_finished_and_others_refused(server: tuple[subpr
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_sigterm_to_all_ranks_is_the_first_ones_to_answer(checkpoint: Path) -> None:
-    with _serve(checkpoint, "--tensor-parallel", "2") as (process, url):
+    with _serve(checkpoint, "--tensor-parallel", "2", "--drain", "600") as (process, url):
         ((thread, lines),) = _begun(url, 1)
         os.killpg(process.pid, signal.SIGTERM)
         thread.join()

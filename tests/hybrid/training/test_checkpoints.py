@@ -88,6 +88,13 @@ def test_a_run_is_known_by_its_checkpoints_where_its_settings_are_gone(finished:
         train(other)
 
 
+def test_the_same_layers_cut_into_other_stages_are_the_same_run(copied: Settings) -> None:
+    pattern = str(copied.model.layer_pattern)
+    folder.refuse_other_run(replace(copied, model=replace(copied.model, layer_pattern=f"{pattern[:2]}|{pattern[2:]}")))
+    with pytest.raises(ConfigError, match=r"model\.layer_pattern: is"):
+        folder.refuse_other_run(replace(copied, model=replace(copied.model, layer_pattern=pattern[::-1] + "-")))
+
+
 def test_a_run_whose_folder_was_renamed_goes_on(copied: Settings) -> None:
     (Path(copied.folder) / "whole").rename(Path(copied.folder) / "renamed")
     longer = replace(copied.trainer, max_steps=copied.trainer.max_steps + 1)
