@@ -217,6 +217,8 @@ def test_a_hung_rank_shows_its_threads_and_ends_the_run(tmp_path: Path) -> None:
     assert re.search(r"made no progress for \d+ s \(faults.hang_seconds\) in: step 3", err), err
     assert "most recent call first" in err
     log = (Path(run.folder) / "hangs/log.txt").read_text()
-    assert "rank 0 made no progress for" in log and "hangs/hung_rank0.txt" in log
+    # Where rank 1 was a moment earlier, rank 0 has lost it before its own time was up.
+    bitten = "rank 0 made no progress for" in log and "hangs/hung_rank0.txt" in log
+    assert bitten or "Connection closed by peer" in log
     assert "hang_in_the_third_batch" in (Path(run.folder) / "hangs/hung_rank1.txt").read_text()
     assert "hang_in_the_third_batch" in err + "".join(path.read_text() for path in tmp_path.rglob("stderr.log"))
