@@ -315,7 +315,8 @@ def _local(record: Record, job: Job) -> Job:
     if record.machine != socket.gethostname():
         return Job(job.identity, "unknown", f"it was started on {record.machine}")
     pid, began = record.process
-    if process_start(pid) == began:
+    # A process can go on after its run: a notebook, or a script that starts several.
+    if job.status == "unknown" and process_start(pid) == began:
         return Job(job.identity, "running", f"process {pid}")
     if job.status == "unknown":  # unless it ended after it was asked for its word
         words = records.ask(record, _ended(record, job.identity)).decode().split()

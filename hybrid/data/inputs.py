@@ -103,9 +103,10 @@ def example_files(paths: str, place: str) -> list[InputFile]:
     Raises ConfigError as `find_inputs`, for quotation marks left open, and for files that hold no records.
     """
     try:
-        files = find_inputs(shlex.split(paths), place)
+        names = shlex.split(paths)
     except ValueError as error:
         raise ConfigError(Problem(place, f"'{paths}' opens a quotation mark and does not close it")) from error
+    files = find_inputs(names, place)
     message = "is neither JSON lines (.jsonl, .json, .ndjson) nor .parquet"
     if problems := [Problem(place, f"'{file.path}' {message}") for file in files if file.kind == "text"]:
         raise ConfigError(problems)
@@ -338,6 +339,11 @@ class _Zstd(io.RawIOBase):
     def readable(self) -> bool:
         """Yes."""
         return True
+
+    def close(self) -> None:
+        """Close the packed file, too."""
+        self._raw.close()
+        super().close()
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer with what comes next; returns how many bytes of it, 0 at the end."""

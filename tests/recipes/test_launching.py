@@ -156,6 +156,18 @@ class TestRunsOnThisMachine:
         with pytest.raises(UserError, match="toy is not running"):
             watching.cancel(run)
 
+    def test_a_run_that_has_ended_is_not_running_though_its_process_is(self, here: Path) -> None:
+        """A notebook starts a run, and then makes it longer."""
+        run = here / "runs" / "toy"
+        run.mkdir(parents=True)
+        processes._remember(run, os.getpid(), log="log.txt")
+        with pytest.raises(ConfigError, match="the run 'toy' is running"):
+            watching.refuse_under_way(run)
+        with processes._noting_the_end(run) as ended:
+            ended.code = 0
+        assert watching.state(run).status == "finished"
+        watching.refuse_under_way(run)
+
     def test_of_two_that_start_it_at_once_one_is_refused(self, here: Path) -> None:
         """The second has looked whether it is under way before the first had written that it is."""
         script = (
