@@ -3,10 +3,12 @@
 On the CPU, two steps and a checkpoint, from which all others start, and then fifty more.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybrid import settings_file
 from hybrid.config import Settings
 from tests import toy
 
@@ -54,3 +56,9 @@ def on_cpu(folder: Path, model: str) -> list[Settings]:
 def checkpoint(run: Settings) -> Path:
     """Where a run has the checkpoint that all start from."""
     return Path(run.folder) / run.name / f"checkpoints/iter_{START:07}"
+
+
+def take_up(cpu: Settings, run: Settings) -> None:
+    """Give a run the checkpoint of the CPU's as its own. Its settings beside it say that it is the same run."""
+    shutil.copytree(checkpoint(cpu), checkpoint(run))
+    settings_file.write(run, Path(run.folder) / run.name)

@@ -1,6 +1,5 @@
 """Training over two GPUs, with NCCL between them, beside training in one process on the CPU: see test_training."""
 
-import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -48,7 +47,7 @@ def test_losses_stay_in_a_band_around_those_of_one_process(on_cpu: dict[str, "Fu
         for name in layouts
     ]
     for run in some:
-        shutil.copytree(runs.checkpoint(cpu), runs.checkpoint(run))
+        runs.take_up(cpu, run)
     toy.start(some, processes=2)
     expected = toy.metrics(cpu)
     for run in some:

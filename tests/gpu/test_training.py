@@ -5,7 +5,6 @@ rounds every intermediate result to 8 bits, FP8 the factors of products to 4. Wh
 around the CPU's losses, which fall by several tenths in these steps.
 """
 
-import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
@@ -49,7 +48,7 @@ def test_losses_stay_in_a_band_around_those_of_the_cpu(
         name=name,
         **{section: replace(getattr(cpu, section), **values) for section, values in changes.items()},
     )
-    shutil.copytree(runs.checkpoint(cpu), runs.checkpoint(run))
+    runs.take_up(cpu, run)
     train(run)
     expected, losses = toy.metrics(cpu), toy.metrics(run)
     apart = {step: abs(losses[step] - expected[step]) for step in losses}
