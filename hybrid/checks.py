@@ -203,6 +203,13 @@ def _batches_and_schedule(settings: Settings) -> Iterator[Problem]:
             )
     if trainer.profile and not (len(trainer.profile) == 2 and 1 <= trainer.profile[0] <= trainer.profile[1]):
         yield Problem("trainer.profile", f"is {trainer.profile}, but must be a first and a last step: [10,12]")
+    if (trainer.max_steps is None) != (trainer.max_samples is None):
+        for field, last in (("profile", max(trainer.profile, default=0)), ("memory_snapshot", trainer.memory_snapshot)):
+            if (last or 0) > trainer.steps:
+                yield Problem(
+                    f"trainer.{field}",
+                    f"is {getattr(trainer, field)}, but the run ends at step {trainer.steps}; name an earlier step",
+                )
     if optimizer.min_lr > optimizer.lr:
         yield Problem("optimizer.min_lr", f"is {optimizer.min_lr}, above optimizer.lr ({optimizer.lr})")
     if settings.trainer.precision.startswith("fp8") and settings.model.kernels == "reference":

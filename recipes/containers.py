@@ -83,11 +83,8 @@ def _command(
     prefix: list[str],
     variables: Mapping[str, str],
 ) -> list[str]:
-    here = Path.cwd()
-    cache = cache_folder(built.data).absolute()
-    folders = dict.fromkeys(str(folder) for folder in (here, run.parent, cache))
-    mounts = [f"{folder}:{folder}" for folder in folders]
-    mounts += mount_pairs(executor.mounts)
+    here, cache = Path.cwd(), cache_folder(built.data).absolute()
+    mounts = [f"{folder}:{folder}" for folder in _own_folders(built)] + mount_pairs(executor.mounts)
     podman = Path(executor.command).name == "podman"
     own = {"HOME": "/tmp", "PYTHONPATH": f"{staged}/code", "PYTHONSAFEPATH": "1", "XDG_CACHE_HOME": str(cache.parent)}
     # One thread a process is torchrun's own default; share the cores out instead.
@@ -106,6 +103,20 @@ def _command(
     if count > 1:
         words += ["-m", "recipes.torchrun", str(staged / "ranks"), "--standalone", "--nproc-per-node", str(count)]
     return [*words, "-m", "recipes.worker", str(staged / RECIPE_FILE)]
+
+
+def shares(executor: Docker, built: Settings, value: str) -> bool:
+    """Whether a path is the same in the container and here; a relative one is. (A blend of several counts as one.)"""
+    mounts = [pair.split(":")[:2] for pair in mount_pairs(executor.mounts)]
+    own = [*_own_folders(built), *(here for here, there in mounts if here == there)]
+    path = Path(value)
+    return not path.is_absolute() or any(path.is_relative_to(folder) for folder in own)
+
+
+def _own_folders(built: Settings) -> list[str]:
+    """Folders that a container gets besides those of `executor.mounts`."""
+    run, cache = Path(built.folder).absolute(), cache_folder(built.data).absolute()
+    return list(dict.fromkeys(str(folder) for folder in (Path.cwd(), run, cache)))
 
 
 def _problems(executor: Docker) -> list[Problem]:

@@ -10,7 +10,7 @@ from hybrid.checks import require
 from hybrid.config import Settings
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
-from hybrid.training.folder import refuse_other_run
+from hybrid.training.folder import CHECKPOINTS, latest_step, refuse_other_run
 from recipes import containers, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
 from recipes.settle import fitted, settings, settle
@@ -52,7 +52,7 @@ def launch(
         if where is None:
             require(built, foreign.processes(executor))
             return foreign.run(recipe, built, executor, detach=detach, dry_run=dry_run)
-    if not (isinstance(where, Slurm) and where.ssh) and (problems := absent(built)):
+    if problems := absent(built, where):
         raise ConfigError(problems)
     if isinstance(where, Slurm):
         job = submit([member], built.name, where, repeat=repeat, dry_run=dry_run)
@@ -71,11 +71,26 @@ def launch(
     return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
 
 
-def absent(built: Settings) -> list[Problem]:
-    """What is wrong with the files that a run reads and leaves behind, as this machine sees it."""
+def absent(built: Settings, where: Executor) -> list[Problem]:
+    """What is wrong with the files that a run reads and leaves behind, where this machine sees those that the run will:
+    not over SSH, and in a container not in folders that only that has.
+    """
     from hybrid.data import presence
 
-    return [*presence.absent(built.data), *weights.check(built)]
+    if isinstance(where, Slurm) and where.ssh:
+        return []
+    problems = [*presence.absent(built.data), *weights.check(built)]
+    if not latest_step(Path(built.folder) / built.name / CHECKPOINTS):  # else the tokenizer is in the checkpoint, too
+        problems += presence.tokenizer_absent(built.data)
+    if isinstance(where, Docker):
+        problems = [problem for problem in problems if containers.shares(where, built, _value(built, problem.place))]
+    return problems
+
+
+def _value(built: Settings, place: str) -> str:
+    """What a field of the settings is, as text."""
+    section, _, name = place.partition(".")
+    return str(getattr(getattr(built, section, None), name, ""))
 
 
 def prepare(recipe: "fdl.Partial[Any]") -> Member:

@@ -118,7 +118,7 @@ def launch_sweep(
         built = members[-1].built
         count = executor.processes(smallest_world(built))
         wrong = check(built, count)
-        wrong += [] if isinstance(executor, Slurm) and executor.ssh else absent(built)
+        wrong += absent(built, executor)
         problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in wrong]
     if problems:
         raise ConfigError(dict.fromkeys(problems))

@@ -48,6 +48,8 @@ class Example:
         for name in ("prompt", response):
             if not isinstance(record[name], str):
                 raise ValueError(f"'{name}' is not a text")
+        if not record["prompt"] and not record[response]:
+            raise ValueError(f"'prompt' and '{response}' are both empty, so there is nothing to learn")
         return [Part(record["prompt"], False), Part(record[response], True)]
 
 

@@ -11,6 +11,7 @@ from hybrid.data.corpus import folder_of
 from hybrid.data.indexed import files_of
 from hybrid.data.inputs import example_files
 from hybrid.data.sources import parse_blend
+from hybrid.data.tokenizer import tokenizer_path
 from hybrid.errors import ConfigError, Problem
 
 
@@ -30,6 +31,16 @@ def absent(data: DataConfig) -> list[Problem]:
             except ConfigError as error:
                 problems += error.problems
     return problems
+
+
+def tokenizer_absent(data: DataConfig) -> list[Problem]:
+    """What is wrong if the file or folder of the tokenizer is missing."""
+    try:
+        if data.tokenizer != "byte":
+            tokenizer_path(data.tokenizer)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 def _looks(source: str, value: str, place: str) -> list[Callable[[], object]]:

@@ -179,9 +179,7 @@ def load_tokenizer(spec: str, place: str = "data.tokenizer") -> Tokenizer:
 
     if spec == "byte":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise ConfigError(Problem(place, f"there is no tokenizer '{spec}': use 'byte' or the path of a file or folder"))
+    path = tokenizer_path(spec, place)
     try:
         kind, file, options = _recognise(path)
         if kind == "byte":
@@ -195,6 +193,16 @@ def load_tokenizer(spec: str, place: str = "data.tokenizer") -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(Problem(place, f"'{spec}' cannot be read as a tokenizer: {reason}")) from error
+
+
+def tokenizer_path(spec: str, place: str = "data.tokenizer") -> Path:
+    """Where a tokenizer that is not "byte" is. Raises ConfigError if nothing is there."""
+    from hybrid.errors import ConfigError, Problem
+
+    path = Path(spec).expanduser()
+    if not path.exists():
+        raise ConfigError(Problem(place, f"there is no tokenizer '{spec}': use 'byte' or the path of a file or folder"))
+    return path
 
 
 def _recognise(path: Path) -> tuple[str, Path, dict[str, Any]]:

@@ -23,6 +23,7 @@ from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.runner import Runner
 from hybrid.generation.sampling import Chosen, Row, Sampling, choose, logprobs, new_key, pick
 
+_LOG = logging.getLogger(__name__)
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -102,6 +103,7 @@ class Engine:
         self._free = list(runner.reading_rows)
         self._changed = threading.Condition()
         self._closing = False
+        self._cancelled = False  # some job has been, since they were last looked for
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -173,6 +175,7 @@ class Engine:
         with self._changed:
             for job in jobs:
                 job.cancelled = True
+            self._cancelled = True
             self._changed.notify()
 
     def close(self, timeout: float | None = None) -> bool:
@@ -207,7 +210,7 @@ class Engine:
                     self._decode()
             self.runner.stop()
         except BaseException as error:  # whatever it is, those who wait must hear of it
-            logging.getLogger(__name__).error("the model failed while it was computing", exc_info=error)
+            _LOG.error("the model failed while it was computing", exc_info=error)
             with self._changed:
                 self.failure = error
             for job in list(self._unfinished):
@@ -227,6 +230,7 @@ class Engine:
 
     def _drop_cancelled(self) -> None:
         with self._changed:
+            self._cancelled = False
             gone = [job for job in self._waiting if job.cancelled]
             for job in gone:
                 self._waiting.remove(job)
@@ -265,14 +269,8 @@ class Engine:
                 self._reading.append(job)
             else:
                 finished.append((job, i))
-        begun = [(job, i) for job, i in finished if job.sampling.max_tokens > 0]
-        for job, _ in finished:
-            if job.sampling.max_tokens == 0:
-                self._end_reading(job, "length")
-        if begun:
-            chosen = choose(logits[[i for _, i in begun], -1], [job.row for job, _ in begun])
-            for (job, _), token in zip(begun, chosen, strict=True):
-                self._begin(job, token)
+        if finished:
+            self._begin_all([job for job, _ in finished], logits[[i for _, i in finished], -1])
 
     def _goes_with(self, job: Job, first: Job) -> bool:
         """Whether pieces of two prompts can be read at once."""
@@ -292,6 +290,26 @@ class Engine:
         job.before = logits[-1].clone()
         if job.on_prompt is not None and tokens:
             job.on_prompt(logprobs(about, tokens, [job.sampling.logprobs or 0] * len(tokens)))
+
+    def _begin_all(self, jobs: list[Job], logits: Tensor) -> None:
+        """Begin what has been read: logits (jobs, vocabulary). What they are no numbers for ends with an error."""
+        right = logits.isfinite().all(-1).tolist()
+        begun = []
+        for i, job in enumerate(jobs):
+            if not right[i]:
+                _LOG.error(
+                    "a text was given up: after its prompt (tokens: %d) the model's logits are not numbers (NaN or "
+                    "infinite); its weights are damaged, or from a training that failed",
+                    len(job.prompt),
+                )
+                self._end_reading(job, "error")
+            elif job.sampling.max_tokens == 0:
+                self._end_reading(job, "length")
+            else:
+                begun.append(i)
+        if begun:
+            for i, token in zip(begun, choose(logits[begun], [jobs[i].row for i in begun]), strict=True):
+                self._begin(jobs[i], token)
 
     def _begin(self, job: Job, first: Chosen) -> None:
         """Decode a sequence from here on, unless its first token is the last one."""
@@ -339,9 +357,8 @@ class Engine:
     def _goes_on(self) -> bool:
         """Whether the next step is of the same sequences, whatever the tokens are that were just launched."""
         comes = bool(self._reading) or (self._waiting and self._free and self.running < self.runner.room.slots)
-        return not comes and all(
-            not job.cancelled and job.row.blind and job.row.position + 1 < job.sampling.max_tokens
-            for job in self._decoding
+        return not (comes or self._cancelled) and all(
+            job.row.blind and job.row.position + 1 < job.sampling.max_tokens for job in self._decoding
         )
 
     def _settle(self) -> None:

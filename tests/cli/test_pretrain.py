@@ -118,6 +118,7 @@ def test_generate_prints_the_prompt_and_what_follows_the_same_for_the_same_seed(
     ("data", "says"),
     [
         (["data.source=text", "data.path=nowhere"], "data.path: there is no folder 'nowhere'"),
+        (["data.tokenizer=/no/tokenizer.json"], "data.tokenizer: there is no tokenizer '/no/tokenizer.json'"),
         (
             ["data.source=indexed", "data.path=0.5 a 0.5 b"],
             "data.path: there is no file 'a.idx': give the path without",

@@ -281,6 +281,8 @@ def test_right_settings_have_no_problem():
         ({"trainer__max_steps": None, "trainer__max_samples": 5}, None, "trainer.max_samples", "less than one global"),
         ({"optimizer__warmup_samples": 80}, None, "optimizer.warmup_samples", "nearest: 79"),
         ({"optimizer__wsd_decay_samples": 8}, None, "optimizer.wsd_decay_samples", "optimizer.schedule is 'cosine'"),
+        ({"trainer__profile": [5, 600]}, None, "trainer.profile", "the run ends at step"),
+        ({"trainer__memory_snapshot": 600}, None, "trainer.memory_snapshot", "the run ends at step"),
         (
             {"optimizer__schedule": "wsd", "optimizer__wsd_decay_samples": 90},
             None,

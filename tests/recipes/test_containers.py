@@ -63,3 +63,20 @@ def test_what_cannot_be_is_refused_at_once(here: Path) -> None:
     assert "'dokcer' is not installed here" in said[0]
     assert "'data' is not HOST:CONTAINER" in said[1]
     assert "there is no '/no/such' here" in said[2]
+
+
+def test_a_file_is_looked_for_where_container_and_machine_share_their_paths(
+    here: Path, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "data").mkdir()
+    elsewhere = docker("img", command=program, mounts=[f"{here}/data:/mnt/data", "/usr"], devices=1)
+
+    def start(*fields: str) -> list[str]:
+        try:
+            launch(apply(tiny(), [*SMALL, "data.source=text", *fields]), elsewhere, dry_run=True)
+        except ConfigError as error:
+            return [problem.place for problem in error.problems]
+        return []
+
+    assert start("data.path=/mnt/data/texts", "data.tokenizer=/opt/of-the-image.model") == []
+    assert start("data.path=texts", "data.tokenizer=/usr/no-such.model") == ["data.path", "data.tokenizer"]

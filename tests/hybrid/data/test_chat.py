@@ -156,6 +156,7 @@ def test_a_prompt_and_its_response_stand_as_they_are():
         ({"prompt": "a"}, r"neither 'messages' nor .* \(keys: 'prompt'\)"),
         ({"prompt": "a", "response": 3}, "'response' is not a text"),
         ({"prompt": None, "response": "b"}, "'prompt' is not a text"),
+        ({"prompt": "", "response": ""}, "'prompt' and 'response' are both empty"),
     ],
 )
 def test_a_record_that_is_no_example_is_refused(record, message):

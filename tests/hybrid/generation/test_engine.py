@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybrid.data.tokenizer import ByteTokenizer
-from hybrid.errors import ConfigError
+from hybrid.errors import ConfigError, UserError
 from hybrid.generation.engine import Closed, Job, QueueFull
 from hybrid.generation.generator import Generator
 from hybrid.generation.sampling import Sampling
@@ -174,6 +174,42 @@ def test_closing_ends_a_text_whose_prompt_is_being_read(hybrid_model: Toy, monke
     threading.Timer(0.2, go_on.set).start()
     assert not model.close(0)
     assert ended[-1] == "cancelled"
+
+
+def test_a_request_that_is_cancelled_while_it_waits_leaves_at_once(hybrid_model: Toy) -> None:
+    """Also while all slots are taken by texts that change nothing for a long time."""
+    with Generator(hybrid_model.runner(slots=1, max_length=2**17), ByteTokenizer(), "toy") as model:
+        model.engine.ahead = True
+        sampling = Sampling(max_tokens=2**16, ignore_end=True)
+        begun, gone = threading.Event(), threading.Event()
+        long = model.start([1], sampling, lambda piece: begun.set())
+        begun.wait()
+        waiting = model.start([1], sampling, lambda piece: gone.set())
+        model.engine.cancel(waiting)
+        assert gone.wait(10) and long.ended is None
+        model.engine.cancel(long)
+
+
+def test_a_model_that_gives_no_numbers_gives_no_text(
+    hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of prompts with such logits; the others are answered."""
+    runner = hybrid_model.runner()
+    read = runner.read
+
+    def broken(rows: list[int], tokens: list[list[int]], every: bool = False) -> torch.Tensor:
+        logits = read(rows, tokens, every).clone()
+        logits[[own[0] == 98 for own in tokens], ..., 5] = torch.nan
+        return logits
+
+    monkeypatch.setattr(runner, "read", broken)
+    with Generator(runner, ByteTokenizer(), "toy") as model:
+        expected = model.generate("a", max_tokens=3)
+        for count in (3, 0):
+            with pytest.raises(UserError, match="the model failed"):
+                model.generate("b", max_tokens=count)
+        assert "after its prompt (tokens: 1) the model's logits are not numbers" in caplog.text
+        assert len(expected.tokens) and model.engine.running == 0
 
 
 @pytest.mark.parametrize("where", ["read", "copy", "step"])
