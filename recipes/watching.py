@@ -208,7 +208,7 @@ def _question(record: Record) -> str:
     """The script that tells how a run stands: sections, each after a line with @ and its name."""
     lines = [
         # The newest validation may be far before the end.
-        "echo @metrics; grep -a bits_per_byte metrics.jsonl 2>/dev/null | tail -n 20; tail -c 20000 metrics.jsonl "
+        "echo @metrics; grep -a _bits_per_byte metrics.jsonl 2>/dev/null | tail -n 20; tail -c 20000 metrics.jsonl "
         "2>/dev/null; echo",
         f"echo @settings; cat {settings_file.FILE_NAME} 2>/dev/null; echo",
     ]

@@ -6,6 +6,7 @@ several times for one reason, from Slurm and from torchrun; and so may Ctrl-C, a
 and from a launcher that passes it on (`timeout`, `uv run`).
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -41,10 +42,14 @@ def ends_at_once() -> Iterator[None]:
 
 
 class Interrupt:
-    """While entered, the first of these signals only sets `wanted`."""
+    """While entered, the first of these signals only sets `wanted`, and `says` so on stderr. Ctrl-C after it ends the
+    run unsaved: with the exit code of an interrupted one if it is `alone`. One of several ranks dies of it, since to
+    leave their groups in order it would wait for the others.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, alone: bool, says: bool) -> None:
         self.wanted = False
+        self._alone, self._says = alone, says
         self._since = 0.0
         self._signal = signal.SIGINT
         self._before: dict[signal.Signals, Any] = {}
@@ -61,9 +66,14 @@ class Interrupt:
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.wanted and number == signal.SIGINT and time.monotonic() - self._since > SAME_SECONDS:
             signal.signal(number, signal.SIG_DFL)
+            if self._alone:
+                raise self.exit()
             signal.raise_signal(number)
         if not self.wanted:
             self._signal, self._since = signal.Signals(number), time.monotonic()
+            if self._says:  # past Python's own buffers, which this may have interrupted
+                line = f"{self._signal.name}: saves after this step and stops; Ctrl-C again stops at once, unsaved"
+                os.write(2, f"\n{line}\n".encode())
         self.wanted = True
 
     def exit(self) -> SystemExit:

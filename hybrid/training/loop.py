@@ -123,8 +123,9 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
         clock = Clock()
         token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(world.device)
         saver = Saver(run / folder.CHECKPOINTS, settings, tokenizer, world)
+        asked = Interrupt(alone=world.size == 1, says=world.is_main)
         try:
-            with Watchdog(settings.faults.hang_seconds, world.rank, run) as watchdog, Interrupt() as interrupt:
+            with Watchdog(settings.faults.hang_seconds, world.rank, run) as watchdog, asked as interrupt:
                 stepper = Stepper(settings, training, token_bytes, world, clock, judge, watchdog.beat)
                 _Loop(settings, world, report, datasets, training, stepper, saver, run, interrupt, position).run()
         finally:

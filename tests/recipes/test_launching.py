@@ -216,7 +216,7 @@ class TestRunsOnThisMachine:
     def test_the_newest_validation_is_found_however_long_ago_it_was(self, here: Path) -> None:
         run = self.start(here, "pass")
         self.ended(run)
-        lines = [{"step": step, "loss": 3.0, "tokens_per_second": 1000.0} for step in range(1, 2001)]
+        lines = [{"step": step, "loss": 3.0, "bits_per_byte": 4.3} for step in range(1, 2001)]
         lines.insert(250, {"step": 250, "validation_loss": 1.6, "validation_bits_per_byte": 2.3})
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         recorded = watching.state(run)
