@@ -163,7 +163,7 @@ class Engine:
             if self._closing or self.failure:
                 raise Closed("the model is not taking requests any more")
             # What a free slot takes at once does not wait.
-            free = max(0, slots - self.running - len(self._waiting))
+            free = max(0, slots - self.running)
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(jobs)
