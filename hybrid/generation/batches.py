@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +14,14 @@ from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.generator import Generator
 from hybrid.generation.sampling import Sampling, settings_of
 
-Request = tuple[str | list[int], Sampling]
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt with its settings; `place` is the file and line that it came from."""
+
+    place: str
+    prompt: str | list[int]
+    sampling: Sampling
 
 
 def check(prompt: str, settings: Mapping[str, Any]) -> None:
@@ -55,9 +63,9 @@ def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
         if not line.strip():
             continue
         try:
-            requests.append(_request(line, settings))
+            requests.append(Request(f"{path}:{number}", *_request(line, settings)))
         except ConfigError as error:
-            problems += [Problem(f"{path}:{number} {each.place}".rstrip(), each.message) for each in error.problems]
+            problems += _at(f"{path}:{number}", error)
     if not requests and not problems:
         problems.append(Problem("--batch", f"'{path}' has no lines"))
     if problems:
@@ -65,7 +73,11 @@ def read(path: Path, settings: Mapping[str, Any]) -> list[Request]:
     return requests
 
 
-def _request(line: str, settings: Mapping[str, Any]) -> Request:
+def _at(place: str, error: ConfigError) -> list[Problem]:
+    return [Problem(f"{place} {each.place}".rstrip(), each.message) for each in error.problems]
+
+
+def _request(line: str, settings: Mapping[str, Any]) -> tuple[str | list[int], Sampling]:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -76,6 +88,8 @@ def _request(line: str, settings: Mapping[str, Any]) -> Request:
     problems = []
     if not prompt or not (isinstance(prompt, str) or _are_tokens(prompt)):
         problems.append(Problem("prompt", "must be a text or a list of tokens, and not empty"))
+    elif isinstance(prompt, str) and not _is_whole(prompt):
+        problems.append(Problem("prompt", "holds half of a character, which is no text in UTF-8"))
     try:
         sampling = settings_of({**settings, **values})
     except ConfigError as error:
@@ -83,6 +97,14 @@ def _request(line: str, settings: Mapping[str, Any]) -> Request:
     if problems:
         raise ConfigError(problems)
     return prompt, sampling
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _are_tokens(value: Any) -> bool:
@@ -99,8 +121,12 @@ def refuse_output(output: Path | None) -> None:
     if target.is_dir():
         raise ConfigError(Problem("--output", f"'{output}' is a folder"))
     if target.exists() and not target.is_file():
-        message = f"'{output}' is no regular file, which would be replaced; leave --output out and redirect stdout"
+        message = f"'{output}' is no regular file; leave --output out and redirect stdout"
         raise ConfigError(Problem("--output", message))
+    if target.exists() and target.stat().st_size:
+        raise ConfigError(Problem("--output", f"'{output}' is there already; remove it, or name another file"))
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError(Problem("--output", f"'{output}' is in a folder that may not be written to"))
 
 
 def _target(output: Path) -> Path:
@@ -112,22 +138,24 @@ def run(
     model: Generator, requests: list[Request], output: Path | None, report: Callable[[str], None] | None = None
 ) -> None:
     """Write a line for each request, in their order, as they get finished; the file appears when it is complete."""
-    encoded = [(model.encode(prompt), sampling) for prompt, sampling in requests]
-    problems = []
-    for number, (prompt, sampling) in enumerate(encoded, 1):
+    encoded, problems = [], []
+    for request in requests:
         try:
-            model.engine.check(prompt, sampling)
+            encoded.append((model.encode(request.prompt), request.sampling))
+            model.engine.check(*encoded[-1])
         except ConfigError as error:
-            problems += [Problem(f"request {number} {each.place}", each.message) for each in error.problems]
+            problems += _at(request.place, error)
     if problems:
         raise ConfigError(problems)
     started, tokens, written = time.monotonic(), 0, 0
     finished: dict[int, str] = {}
     with _writing(output) as file:
         for done, (index, text) in enumerate(model.run(encoded), 1):
-            tokens += len(text.tokens)
-            result = {"prompt": requests[index][0], "text": text.text, "finish_reason": text.reason}
-            if requests[index][1].logprobs is not None:
+            request = requests[index]
+            scored = request.sampling.logprobs is not None
+            tokens += len(text.tokens) - (text.prompt_tokens if request.sampling.echo and scored else 0)
+            result = {"prompt": request.prompt, "text": text.text, "finish_reason": text.reason}
+            if scored:
                 result["tokens"] = [vars(token) for token in text.tokens]
             finished[index] = json.dumps(result, ensure_ascii=False)
             while written in finished:

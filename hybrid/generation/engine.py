@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.runner import Runner
-from hybrid.generation.sampling import Chosen, Row, Sampling, choose, logprobs, new_key, pick
+from hybrid.generation.sampling import NONE, Chosen, Row, Sampling, choose, logprobs, new_key, pick
 
 _LOG = logging.getLogger(__name__)
 Reason = Literal["stop", "length", "cancelled", "error"]
@@ -41,7 +41,7 @@ class Job:
 
     `on_token` says whether the sequence ends with this token; `on_prompt` gets what the prompt's tokens after the first
     had as log-probabilities, if that was asked for; `on_stop` gets the token that ends it, if one does; `on_end` is
-    called once, with the reason.
+    called once, with the reason. One that raises ends this sequence with an error, and no other.
     """
 
     prompt: list[int]
@@ -72,7 +72,10 @@ class Job:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A step whose tokens the host has not looked at: those of `jobs`, on the device and on their way to the host."""
+    """A step whose tokens the host has not looked at: those of `jobs`, on the device and on their way to the host.
+
+    On the device, where they are read next, there is a token in the place of `NONE`, too.
+    """
 
     jobs: list[Job]
     tokens: Tensor
@@ -130,15 +133,24 @@ class Engine:
         if not prompt:
             problems.append(Problem("prompt", "is empty; give the text to go on from"))
         problems += self._outside("prompt", prompt) + self._outside("stop_tokens", sampling.stop_tokens)
-        if len(prompt) + sampling.max_tokens > most:
+        rest = most - len(prompt)
+        if rest < min(1, sampling.max_tokens):
+            said = f"has {len(prompt)} tokens, and prompt and text together may have {most}"
+            problems.append(Problem("prompt", f"{said}; shorten it, or open the model with a greater max_length"))
+        elif rest < sampling.max_tokens:
+            said = f"is {sampling.max_tokens}, and the prompt has {len(prompt)} tokens; together they may be {most}"
             problems.append(
-                Problem(
-                    "max_tokens",
-                    f"is {sampling.max_tokens}, and the prompt has {len(prompt)} tokens; together they may be {most}",
-                )
+                Problem("max_tokens", f"{said}: ask for {rest} at most, or open the model with a greater max_length")
             )
         if problems:
             raise ConfigError(problems)
+
+    def check_count(self, texts: int) -> None:
+        """Raise ConfigError for more texts at once than there will ever be room for."""
+        slots = self.runner.room.slots
+        if texts > slots + self.max_waiting:
+            most = f"there is room for {slots} and for {self.max_waiting} that wait; ask for fewer"
+            raise ConfigError(Problem("", f"{texts} texts are asked for at once, and {most}"))
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise ConfigError for tokens that are not in the vocabulary."""
@@ -155,15 +167,12 @@ class Engine:
         """Queue jobs, all of them or none. Raises ConfigError, QueueFull or Closed."""
         for job in jobs:
             self.check(job.prompt, job.sampling)
-        slots = self.runner.room.slots
-        if len(jobs) > slots + self.max_waiting:
-            most = f"there is room for {slots} and for {self.max_waiting} that wait; ask for fewer"
-            raise ConfigError(Problem("", f"{len(jobs)} texts are asked for at once, and {most}"))
+        self.check_count(len(jobs))
         with self._changed:
             if self._closing or self.failure:
                 raise Closed("the model is not taking requests any more")
             # What a free slot takes at once does not wait.
-            free = max(0, slots - self.running)
+            free = max(0, self.runner.room.slots - self.running)
             if len(self._waiting) + len(jobs) > self.max_waiting + free:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
             self._waiting.extend(jobs)
@@ -263,9 +272,11 @@ class Engine:
         finished = []
         for i, job in enumerate(jobs):
             if job.scored:
-                self._score(job, self._piece(job), logits[i])
+                job.ended = self._score(job, self._piece(job), logits[i])
             job.read += len(self._piece(job))
-            if job.read < len(job.prompt):
+            if job.ended is not None:
+                self._end_reading(job, job.ended)
+            elif job.read < len(job.prompt):
                 self._reading.append(job)
             else:
                 finished.append((job, i))
@@ -282,14 +293,22 @@ class Engine:
     def _piece(self, job: Job) -> list[int]:
         return job.prompt[job.read : job.read + self.runner.room.prefill_chunk]
 
-    def _score(self, job: Job, piece: list[int], logits: Tensor) -> None:
-        """Log-probabilities of a piece of a prompt: logits (positions, vocabulary); each position is about the next."""
+    def _score(self, job: Job, piece: list[int], logits: Tensor) -> Reason | None:
+        """Hand over the log-probabilities of a piece of a prompt; returns why it ends with that, if it does.
+
+        Logits (positions, vocabulary); each position is about the next.
+        """
         about, tokens = logits[:-1], piece[1:]
         if job.before is not None:
             about, tokens = torch.cat([job.before.unsqueeze(0), about]), piece
         job.before = logits[-1].clone()
         if job.on_prompt is not None and tokens:
-            job.on_prompt(logprobs(about, tokens, [job.sampling.logprobs or 0] * len(tokens)))
+            scores = logprobs(about, tokens, [job.sampling.logprobs or 0] * len(tokens))
+            try:
+                job.on_prompt(scores)
+            except Exception:
+                return _given_up("it could not be told of its prompt")
+        return None
 
     def _begin_all(self, jobs: list[Job], logits: Tensor) -> None:
         """Begin what has been read: logits (jobs, vocabulary). What they are no numbers for ends with an error."""
@@ -297,12 +316,7 @@ class Engine:
         begun = []
         for i, job in enumerate(jobs):
             if not right[i]:
-                _LOG.error(
-                    "a text was given up: after its prompt (tokens: %d) the model's logits are not numbers (NaN or "
-                    "infinite); its weights are damaged, or from a training that failed",
-                    len(job.prompt),
-                )
-                self._end_reading(job, "error")
+                self._end_reading(job, _no_numbers(job))
             elif job.sampling.max_tokens == 0:
                 self._end_reading(job, "length")
             else:
@@ -328,7 +342,10 @@ class Engine:
     def _finish(self, job: Job, reason: Reason) -> None:
         with self._changed:
             self._unfinished.discard(job)
-        job.on_end(reason)
+        try:
+            job.on_end(reason)
+        except Exception:
+            _LOG.exception("who asked for a text could not be told that it has ended")
 
     def _decode(self) -> None:
         jobs = self._decoding
@@ -347,12 +364,13 @@ class Engine:
 
     def _launch(self, logits: Tensor, ahead: int) -> _Launched:
         tokens = pick(logits, [job.row for job in self._decoding], ahead)
+        read = tokens.clamp(min=0)
         if not tokens.is_cuda:
-            return _Launched(list(self._decoding), tokens, tokens, None)
+            return _Launched(list(self._decoding), read, tokens, None)
         copied, done = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event()
         copied.copy_(tokens, non_blocking=True)
         done.record()
-        return _Launched(list(self._decoding), tokens, copied, done)
+        return _Launched(list(self._decoding), read, copied, done)
 
     def _goes_on(self) -> bool:
         """Whether the next step is of the same sequences, whatever the tokens are that were just launched."""
@@ -384,14 +402,19 @@ class Engine:
 
     def _take(self, job: Job, chosen: Chosen) -> Reason | None:
         """Hand a token over; returns why the sequence ends with it, if it does."""
+        if chosen.token == NONE:
+            return _no_numbers(job)
         job.last = chosen.token
         sampling = job.sampling
-        if chosen.token in sampling.stop_tokens or (chosen.token == self.end and not sampling.ignore_end):
-            if job.on_stop is not None:
-                job.on_stop(chosen)
-            return "stop"
-        if job.on_token(chosen):
-            return "stop"
+        try:
+            if chosen.token in sampling.stop_tokens or (chosen.token == self.end and not sampling.ignore_end):
+                if job.on_stop is not None:
+                    job.on_stop(chosen)
+                return "stop"
+            if job.on_token(chosen):
+                return "stop"
+        except Exception:
+            return _given_up("it could not be told of a token")
         return "length" if job.row.position >= sampling.max_tokens else None
 
     def _leave(self, slot: int, reason: Reason) -> None:
@@ -402,3 +425,19 @@ class Engine:
             self._decoding[slot] = self._decoding[last]
         self._decoding.pop()
         self._finish(job, reason)
+
+
+def _no_numbers(job: Job) -> Reason:
+    _LOG.error(
+        "a text was given up: after its prompt (tokens: %d) and %d of its own the model's logits are not numbers "
+        "(NaN or infinite); its weights are damaged, or from a training that failed",
+        len(job.prompt),
+        job.row.position,
+    )
+    return "error"
+
+
+def _given_up(why: str) -> Reason:
+    """For an exception of who asked, which is no business of the others."""
+    _LOG.exception("a text was given up: %s", why)
+    return "error"

@@ -16,7 +16,7 @@ from hybrid.data import chat
 from hybrid.data.chat_template import ChatTemplate, Message
 from hybrid.data.tokenizer import Tokenizer
 from hybrid.errors import ConfigError, Problem, UserError
-from hybrid.generation.engine import Engine, Job, Reason
+from hybrid.generation.engine import Closed, Engine, Job, Reason
 from hybrid.generation.runner import Runner
 from hybrid.generation.sampling import Chosen, Sampling, settings_of
 from hybrid.generation.text import Listener, Piece, TextStream, TokenText, prompt_texts
@@ -29,17 +29,20 @@ class Completion:
     """A finished text: `tokens` with their log-probabilities if they were asked for, after those of an echoed prompt,
     and then with the token that ended it, if one did.
 
-    `reason` is why it ended: stop (end of document, stop string or token) or length.
+    `reason` is why it ended: stop (end of document, stop string or token) or length. The first `echoed` characters of
+    `text` are an echoed prompt's.
     """
 
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     reason: str = "length"
     prompt_tokens: int = 0
+    echoed: int = 0
 
     def add(self, piece: Piece) -> None:
         """Append what came."""
         self.text += piece.text
+        self.echoed += len(piece.text) if piece.echo else 0
         self.tokens += piece.tokens
         self.reason = piece.reason or self.reason
 
@@ -128,7 +131,8 @@ class Generator:
                     begun += 1
                 index, piece = done.get()
                 del jobs[index]
-                _refuse_error(piece)
+                if error := broken_off(piece.reason):
+                    raise error
                 yield index, texts[index]
         finally:
             self.engine.cancel(*jobs.values())
@@ -149,7 +153,8 @@ class Generator:
         try:
             while True:
                 piece = pieces.get()
-                _refuse_error(piece)
+                if error := broken_off(piece.reason):
+                    raise error
                 yield piece
                 if piece.reason:
                     return
@@ -232,6 +237,10 @@ def _tokens(prompt: Sequence[int]) -> list[int]:
     raise ConfigError(Problem("prompt", f"is {prompt!r}; give a text or a list of tokens"))
 
 
-def _refuse_error(piece: Piece) -> None:
-    if piece.reason == "error":
-        raise UserError("the model failed while it was computing; the log says how")
+def broken_off(reason: str | None) -> UserError | None:
+    """What is to be said instead of a text that did not come to its end."""
+    if reason == "error":
+        return UserError("the model failed while it was computing; the log says how")
+    if reason == "cancelled":
+        return Closed("the model is being closed, and the text was not finished in time")
+    return None

@@ -21,6 +21,8 @@ from hybrid.errors import ConfigError, Problem
 from hybrid.generation.state import to_device
 
 _MOST_TOP_LOGPROBS = 20
+NONE = -1
+"""Instead of a token, where the model's logits are no numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +157,10 @@ class Row:
         return self.sampling.repetition_penalty == 1 and self.sampling.logprobs is None
 
     def take(self, token: int) -> None:
-        """Note the token that was chosen."""
-        self.position += 1
-        self.seen.add(token)
+        """Note the token that was chosen, if one was."""
+        if token != NONE:
+            self.position += 1
+            self.seen.add(token)
 
 
 def new_key(seed: int | None, number: int = 0) -> bytes:
@@ -173,10 +176,10 @@ def uniform(key: bytes, position: int) -> float:
 
 
 def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
-    """The next token of every row: logits (B, V) without the padding of the vocabulary."""
+    """The next token of every row, as of `pick`: logits (B, V) without the padding of the vocabulary."""
     tokens = pick(logits, rows).tolist()
     result = [Chosen(token) for token in tokens]
-    wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None]
+    wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs is not None and tokens[i] != NONE]
     if wanted:
         counts = [rows[i].sampling.logprobs or 0 for i in wanted]
         for i, chosen in zip(wanted, logprobs(logits[wanted], [tokens[i] for i in wanted], counts), strict=True):
@@ -189,16 +192,18 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
 def pick(logits: Tensor, rows: Sequence[Row], ahead: int = 0) -> Tensor:
     """As `choose`: the tokens alone (B), on their device, and the rows are as before.
 
-    Each row has chosen `ahead` tokens more than it knows.
+    Each row has chosen `ahead` tokens more than it knows. Where logits are no numbers (NaN, or infinite), the token is
+    `NONE`.
     """
-    tokens = logits.argmax(-1)
+    tokens = logits.argmax(-1)  # that of a NaN, if there is one
+    numbers = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).isfinite()
     others = [i for i, row in enumerate(rows) if not row.plain]
     if len(others) == len(rows):
-        return _sample(logits, rows, tokens, ahead)
-    if others:
+        tokens = _sample(logits, rows, tokens, ahead)
+    elif others:
         where = to_device(others, torch.int64, logits.device)
         tokens[where] = _sample(logits[where], [rows[i] for i in others], tokens[where], ahead)
-    return tokens
+    return tokens.masked_fill(~numbers, NONE)
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Chosen]:
@@ -227,6 +232,8 @@ def _sample(logits: Tensor, rows: Sequence[Row], likeliest: Tensor, ahead: int) 
             logits[i, seen] = torch.where(there > 0, there / penalty, there * penalty)
     if any(row.sampling.repetition_penalty != 1 and row.sampling.greedy for row in rows):
         likeliest = logits.argmax(-1)
+    # Less the greatest first: what a small temperature makes of it would have no room in a float64.
+    logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / column([1.0 if s.temperature == 0 else s.temperature for s in settings])
     if any(s.top_k or s.top_p < 1 for s in settings):
         logits = _without_tail(

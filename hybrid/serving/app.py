@@ -72,7 +72,7 @@ def create_app(model: Generator, limits: Limits | None = None, drain_seconds: fl
     for path, (name, kind) in _PAGE.items():
         app.add_api_route(path, _file(name, kind), methods=["GET"], include_in_schema=False)
     app.openapi = _without_422(app)  # type: ignore[method-assign]
-    app.add_middleware(Guard, limits=limits or Limits())
+    app.add_middleware(Guard, limits=limits or Limits(), refused=lambda status: metrics.refused.labels(status).inc())
     return app
 
 

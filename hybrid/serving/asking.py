@@ -3,17 +3,20 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
 
-from hybrid.errors import UserError
-from hybrid.generation.engine import Closed
-from hybrid.generation.generator import Completion, Generator
+from hybrid.errors import ConfigError
+from hybrid.generation.generator import Completion, Generator, Prompt, broken_off
 from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import Listener, Piece
 from hybrid.serving.metrics import Metrics
+
+_SHORT = 2**16  # characters that are taken apart in some milliseconds
 
 
 class Asked:
@@ -38,6 +41,9 @@ class Asked:
         self._started = time.monotonic()
         self._last: dict[int, float] = {}
         self.prompt_tokens = sum(map(len, prompts))
+        model.engine.check_count(self._open)  # before all of them are made
+        for prompt in prompts:
+            model.engine.check(prompt, sampling)
         self._jobs = [
             model.job(prompt, sampling, self._listener(index * n + number), number)
             for index, prompt in enumerate(prompts)
@@ -47,8 +53,16 @@ class Asked:
         metrics.prompt_tokens.inc(self.prompt_tokens)
 
     def _listener(self, index: int) -> Listener:
+        counted = 0
+
         def listen(piece: Piece) -> None:
-            if piece.reason:  # counted here, since nobody takes the last piece of who has hung up
+            nonlocal counted
+            # Counted here, since nobody takes the last pieces of who has hung up. What ends a text may have no piece.
+            if piece.reason or not piece.echo:
+                new = self._jobs[index].row.position - counted if piece.reason else 1
+                counted += new
+                self._metrics.tokens.inc(new)
+            if piece.reason:
                 self._metrics.requests.labels(self._route, piece.reason).inc()
                 self._metrics.duration.observe(time.monotonic() - self._started)
             # Waking the loop costs more than a token: only the first piece after it has taken all others does.
@@ -83,12 +97,11 @@ class Asked:
         else:
             self._metrics.next_token.observe(now - self._last[index])
         self._last[index] = now
-        self._metrics.tokens.inc()
 
     async def completions(self, request: Request) -> list[Completion]:
         """All texts, when they are finished; if the client hangs up, the slots are freed and what there is is given.
 
-        Raises UserError or Closed if one of them did not come to its end.
+        Raises what `broken_off` says if one of them did not come to its end.
         """
         texts = [Completion() for _ in self._jobs]
 
@@ -114,13 +127,21 @@ class Asked:
         return sum(job.row.position for job in self._jobs)
 
 
-def broken_off(reason: str | None) -> UserError | None:
-    """What is to be answered instead of a text that did not come to its end."""
-    if reason == "error":
-        return UserError("the model failed while it was computing")
-    if reason == "cancelled":
-        return Closed("the server is ending, and the text was not finished in time")
-    return None
+async def encode(model: Generator, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """The tokens of prompts. Long texts are taken apart in a thread, so that the others' go on meanwhile."""
+    if sum(map(len, prompts)) < _SHORT:
+        return [model.encode(prompt) for prompt in prompts]
+    return await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts])
+
+
+@contextmanager
+def named(names: Mapping[str, str]) -> Iterator[None]:
+    """Say what is wrong under the names of a route's fields: `names` has them by those of `Sampling`, and "prompt"."""
+    try:
+        yield
+    except ConfigError as error:
+        problems = [replace(each, place=names.get(each.place, each.place)) for each in error.problems]
+        raise ConfigError(problems) from None
 
 
 async def _when_gone(receive: Callable[[], Awaitable[Any]], then: Callable[[], None]) -> None:

@@ -2,12 +2,13 @@
 
 import hmac
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = ("/", "/health", "/page.css", "/page.js", "/docs", "/openapi.json")
+OPEN = ("/", "/health", "/page.css", "/page.js", "/openapi.json")
 """What needs no key: the page asks for one itself."""
 
 
@@ -25,10 +26,13 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
 
 
 class Guard:
-    """ASGI middleware; it does not buffer, so that streams and hang-ups pass through."""
+    """ASGI middleware; it does not buffer, so that streams and hang-ups pass through.
 
-    def __init__(self, app: ASGIApp, limits: Limits):
-        self._app, self._limits = app, limits
+    `refused` is told the status of each refusal.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, refused: Callable[[int], None]):
+        self._app, self._limits, self._refused = app, limits, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse with 401 or 413, or pass on."""
@@ -38,14 +42,14 @@ class Guard:
         headers = dict(scope["headers"])
         if self._limits.key is not None and scope["path"] not in OPEN and not self._knows(headers):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            await _refuse(scope, send, 401, message, "authentication_error", "invalid_api_key")
+            await self._refuse(scope, send, 401, message, "authentication_error", "invalid_api_key")
             return
         most = self._limits.body_bytes
         too_long = f"the body is longer than {most:,} bytes"
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             await _read_out(receive, 16 * most)
-            await _refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
+            await self._refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
             return
         read, more, begun = 0, True, False
 
@@ -69,7 +73,16 @@ class Guard:
             if not begun:
                 if more:
                     await _read_out(receive, 16 * most)
-                await _refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
+                await self._refuse(scope, send, 413, too_long, "invalid_request_error", "body_too_long")
+
+    async def _refuse(self, scope: Scope, send: Send, status: int, message: str, kind: str, code: str) -> None:
+        self._refused(status)
+        content = message if scope["path"] == "/api" else error(message, kind, code)
+        body = json.dumps(content).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers.append((b"connection", b"close"))
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         given = headers.get(b"authorization", b"")
@@ -87,12 +100,3 @@ async def _read_out(receive: Receive, most: int) -> None:
 
 class _TooLong(BaseException):
     """Not to be taken for a mistake of the application by anything in between."""
-
-
-async def _refuse(scope: Scope, send: Send, status: int, message: str, kind: str, code: str) -> None:
-    content = message if scope["path"] == "/api" else error(message, kind, code)
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

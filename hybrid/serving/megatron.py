@@ -15,10 +15,16 @@ from hybrid.errors import ConfigError, Problem
 from hybrid.generation.generator import Generator
 from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import token_text
-from hybrid.serving.asking import Asked
+from hybrid.serving.asking import Asked, encode, named
 from hybrid.serving.metrics import Metrics
 from hybrid.serving.schemas import Form, Text, Token
 
+_NAMES = {
+    "prompt": "prompts",
+    "max_tokens": "tokens_to_generate",
+    "seed": "random_seed",
+    "stop_tokens": "stop_token",
+}
 _REFUSED = {
     "top_p_decay": 0,
     "top_p_bound": 0,
@@ -83,10 +89,11 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     @routes.put("/api")
     async def api(body: ApiRequest, request: Request) -> dict[str, Any]:
         """Texts with their prompts, the tokens as texts, and log-probabilities if they are asked for."""
-        sampling = body.sampling()
         start = [model.tokenizer.eod] if body.add_BOS else []
-        prompts = [start + model.encode(prompt) for prompt in body.prompts]
-        asked = Asked(model, metrics, "api", prompts, sampling)
+        with named(_NAMES):
+            sampling = body.sampling()
+            prompts = [start + prompt for prompt in await encode(model, body.prompts)]
+            asked = Asked(model, metrics, "api", prompts, sampling)
         texts = await asked.completions(request)
         result: dict[str, Any] = {"text": [], "segments": [], "logprobs": None, "tokens": []}
         scores: list[list[float | None]] = []
@@ -95,9 +102,7 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
             if body.logprobs and text.reason == "stop" and made[-1] in (model.tokenizer.eod, body.stop_token):
                 made.pop()
             every = made if body.logprobs else ids + made
-            result["text"].append(
-                text.text if body.logprobs and not start else prompt + _without(text.text, prompt, body)
-            )
+            result["text"].append(prompt + text.text[text.echoed :])
             result["tokens"].append(every)
             result["segments"].append(
                 [token_text(model.tokenizer, every[max(0, i - 4) : i], token) for i, token in enumerate(every)]
@@ -108,8 +113,3 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
         return result
 
     return routes
-
-
-def _without(text: str, prompt: str, body: ApiRequest) -> str:
-    """What follows the prompt; an echoed one has come with the text."""
-    return text.removeprefix(prompt) if body.logprobs else text

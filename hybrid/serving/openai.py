@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from hybrid.generation.generator import Generator
+from hybrid.generation.generator import Generator, broken_off
 from hybrid.generation.text import Piece, TokenText, text_bytes
 from hybrid.serving import schemas as form
-from hybrid.serving.asking import Asked, broken_off
+from hybrid.serving.asking import Asked, encode, named
 from hybrid.serving.metrics import Metrics
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -50,11 +50,12 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
     async def completions(body: form.CompletionRequest, request: Request) -> Any:
         """Texts that follow prompts; with `stream`, as server-sent events."""
         model.require(body.model)
-        prompts = [model.encode(prompt) for prompt in body.prompts()]
+        prompts = await encode(model, body.prompts())
         echo = bool(body.echo)
         most = 16 if body.max_tokens is None else body.max_tokens
-        sampling = body.sampling(most, logprobs=body.logprobs, echo=echo)
-        asked = Asked(model, metrics, "completions", prompts, sampling, body.n or 1)
+        with named(body.names):
+            sampling = body.sampling(most, logprobs=body.logprobs, echo=echo)
+            asked = Asked(model, metrics, "completions", prompts, sampling, body.n or 1)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
         wanted = body.logprobs is not None
         if body.stream:
@@ -87,10 +88,11 @@ def router(model: Generator, metrics: Metrics) -> APIRouter:
         model.require(body.model)
         prompt = model.chat(_plain(body.messages))
         most = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-        rest = max(0, model.engine.runner.room.max_length - len(prompt))
+        rest = max(1, model.engine.runner.room.max_length - len(prompt))
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        sampling = body.sampling(rest if most is None else most, logprobs=logprobs)
-        asked = Asked(model, metrics, "chat", [prompt], sampling, body.n or 1)
+        with named(body.names):
+            sampling = body.sampling(rest if most is None else most, logprobs=logprobs)
+            asked = Asked(model, metrics, "chat", [prompt], sampling, body.n or 1)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model.name}
 
         def scores(tokens: Sequence[TokenText]) -> form.ChatLogprobs | None:

@@ -27,6 +27,21 @@ Text = Annotated[str, AfterValidator(_whole)]
 """JSON can write half of a pair of surrogates; no answer can."""
 
 
+def _zero(value: float) -> float:
+    if value != 0:
+        raise ValueError("is not done here; leave it out, or give 0")
+    return value
+
+
+def _empty(value: dict[str, float]) -> dict[str, float]:
+    if value:
+        raise ValueError("is not done here; leave it out, or give {}")
+    return value
+
+
+Zero = Annotated[float, AfterValidator(_zero), Field(json_schema_extra={"minimum": 0, "maximum": 0})]
+
+
 class Form(BaseModel):
     """A request: unknown fields and wrong types are refused."""
 
@@ -56,10 +71,17 @@ class Common(Form):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: list[Token] | None = None
     ignore_eos: bool | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0 only")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(None, description="0 only")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="empty only")
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: (
+        Annotated[dict[str, float], AfterValidator(_empty), Field(json_schema_extra={"maxProperties": 0})] | None
+    ) = None
     user: str | None = Field(None, description="taken, and not used")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Its fields by the names that settings have elsewhere, where they differ."""
+        return {"stop_tokens": "stop_token_ids"}
 
     def contradictions(self) -> list[Problem]:
         """Fields that mean nothing beside the others."""
@@ -132,6 +154,12 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Its fields by the names that settings have elsewhere, where they differ."""
+        most = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {**super().names, "prompt": "messages", "logprobs": "top_logprobs", **most}
 
     def contradictions(self) -> list[Problem]:
         """Fields that mean nothing beside the others."""

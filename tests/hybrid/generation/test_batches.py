@@ -43,14 +43,18 @@ def refused(folder: Path, *lines: Any) -> list[str]:
 def test_a_line_has_a_prompt_and_settings_of_its_own(tmp_path: Path) -> None:
     lines = [{"prompt": "def "}, "", {"prompt": [1, 2], "seed": 3, "temperature": 1, "stop": ["\n", "x"], "echo": True}]
     assert read(tmp_path, *lines) == [
-        ("def ", Sampling(max_tokens=6, temperature=0.5)),
-        ([1, 2], Sampling(max_tokens=6, temperature=1, seed=3, stop=("\n", "x"), echo=True)),
+        batches.Request(f"{tmp_path}/prompts.jsonl:1", "def ", Sampling(max_tokens=6, temperature=0.5)),
+        batches.Request(
+            f"{tmp_path}/prompts.jsonl:3",
+            [1, 2],
+            Sampling(max_tokens=6, temperature=1, seed=3, stop=("\n", "x"), echo=True),
+        ),
     ]
 
 
 def test_lines_come_from_stdin_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO('{"prompt": "a"}\n'))
-    assert batches.read(Path("-"), OWN) == [("a", Sampling(**OWN))]
+    assert batches.read(Path("-"), OWN) == [batches.Request("-:1", "a", Sampling(**OWN))]
 
 
 def test_everything_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
@@ -63,6 +67,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
         {"prompt": "a", "top_q": 1, "seed": "x", "echo": 1, "stop": 7, "max_tokens": True},
         {"prompt": [True]},
         {"prompt": "a", "top_p": 7},
+        '{"prompt": "\\udc80"}',
     )
     assert said[0].startswith("prompts.jsonl:1: is no JSON: Expecting property name")
     assert said[1] == 'prompts.jsonl:2: is no object such as {"prompt": "def "}'
@@ -76,6 +81,7 @@ def test_everything_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
     ]
     assert said[8] == "prompts.jsonl:5 prompt: must be a text or a list of tokens, and not empty"
     assert said[9].startswith("prompts.jsonl:6 top_p: ")
+    assert said[10] == "prompts.jsonl:7 prompt: holds half of a character, which is no text in UTF-8"
 
 
 def test_a_file_without_lines_or_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -92,17 +98,20 @@ def test_a_file_without_lines_or_that_is_none_is_refused(tmp_path: Path) -> None
 def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n'.encode())
-    assert [prompt for prompt, _ in batches.read(path, OWN)] == ["a\u2028b\u0085c", "d"]
+    assert [request.prompt for request in batches.read(path, OWN)] == ["a\u2028b\u0085c", "d"]
 
 
-def test_an_output_replaces_a_file_alone_and_follows_a_link(tmp_path: Path, model: Generator) -> None:
+def test_an_output_replaces_nothing_and_follows_a_link(tmp_path: Path, model: Generator) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "to the fifo").symlink_to("fifo")
     for output in (Path("/dev/null"), tmp_path / "fifo", tmp_path / "to the fifo"):
         with pytest.raises(ConfigError, match=r"--output: '.*' is no regular file"):
             batches.refuse_output(output)
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "texts.jsonl").write_text("old")
+    (tmp_path / "elsewhere" / "texts.jsonl").touch()
+    (tmp_path / "texts.jsonl").write_text("from an hour's work")
+    with pytest.raises(ConfigError, match=r"--output: '.*texts.jsonl' is there already; remove it, or name another"):
+        batches.refuse_output(tmp_path / "texts.jsonl")
     link = tmp_path / "link"
     link.symlink_to("elsewhere/texts.jsonl")
     batches.refuse_output(link)
@@ -133,7 +142,7 @@ def test_a_line_for_each_request_in_their_order(tmp_path: Path, model: Generator
     reports: list[str] = []
     batches.run(model, requests, tmp_path / "texts.jsonl", reports.append)
     results = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
-    alone = [model.generate(prompt, **vars(sampling)).text for prompt, sampling in requests]
+    alone = [model.generate(request.prompt, **vars(request.sampling)).text for request in requests]
     assert [result["text"] for result in results] == alone
     assert {result["finish_reason"] for result in results} == {"length"}
     assert len(results[-1]["tokens"]) == 6 and len(results[-1]["tokens"][0]["top"]) == 2
@@ -149,10 +158,12 @@ def test_without_an_output_the_lines_go_to_stdout(
 
 
 def test_what_the_model_cannot_do_is_said_before_anything_is_written(tmp_path: Path, model: Generator) -> None:
-    requests = read(tmp_path, {"prompt": "a"}, {"prompt": [9999]}, {"prompt": "a", "max_tokens": 10**6})
+    requests = read(tmp_path, {"prompt": "a"}, {"prompt": [9999]}, "", {"prompt": "a", "max_tokens": 10**6})
     with pytest.raises(ConfigError) as error:
         batches.run(model, requests, tmp_path / "texts.jsonl")
-    assert [problem.place for problem in error.value.problems] == ["request 2 prompt", "request 3 max_tokens"]
+    assert [problem.place for problem in error.value.problems] == [
+        f"{tmp_path}/prompts.jsonl:{line}" for line in ("2 prompt", "4 max_tokens")
+    ]
     assert not (tmp_path / "texts.jsonl").exists()
 
 

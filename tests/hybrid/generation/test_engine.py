@@ -1,5 +1,6 @@
 """Many requests on few slots: the same texts as alone, and nothing left behind."""
 
+import queue
 import random
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from hybrid.data.tokenizer import ByteTokenizer
 from hybrid.errors import ConfigError, UserError
 from hybrid.generation.engine import Closed, Job, QueueFull
-from hybrid.generation.generator import Generator
+from hybrid.generation.generator import Completion, Generator
 from hybrid.generation.sampling import Sampling
 from hybrid.generation.text import Piece
 from tests.hybrid.generation.conftest import Toy
@@ -208,7 +209,7 @@ def test_a_model_that_gives_no_numbers_gives_no_text(
         for count in (3, 0):
             with pytest.raises(UserError, match="the model failed"):
                 model.generate("b", max_tokens=count)
-        assert "after its prompt (tokens: 1) the model's logits are not numbers" in caplog.text
+        assert "after its prompt (tokens: 1) and 0 of its own the model's logits are not numbers" in caplog.text
         assert len(expected.tokens) and model.engine.running == 0
 
 
@@ -233,7 +234,9 @@ def test_what_fails_in_the_model_is_told_to_all(hybrid_model: Toy, monkeypatch: 
     [
         ("", {}, "prompt: is empty"),
         ([300], {}, "prompt: has token 300; the vocabulary has those from 0 to 256"),
-        ("a", {"max_tokens": 64}, "max_tokens: is 64, and the prompt has 1 tokens; together they may be 64"),
+        ("a", {"max_tokens": 64}, "max_tokens: is 64, .* has 1 tokens; together they may be 64: ask for 63 at most"),
+        ("a" * 64, {}, "prompt: has 64 tokens, and prompt and text together may have 64; shorten it, or"),
+        ("a" * 65, {"max_tokens": 0}, "prompt: has 65 tokens"),
         ("a", {"top_q": 1}, "top_q: is no setting; there are echo, ignore_end"),
         ("a", {"temperature": -1, "top_p": 0}, "temperature: is -1; .*\ntop_p: is 0; "),
         ("a", {"stop_tokens": (-3,)}, "stop_tokens: has token -3"),
@@ -259,3 +262,73 @@ def test_a_batch_is_a_list_of_prompts(model: Generator) -> None:
     tokens = torch.tensor([97, 98])
     (text,) = model.generate_batch([tokens], max_tokens=4, temperature=0)  # type: ignore[list-item]
     assert text == model.generate("ab", max_tokens=4, temperature=0)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_logits_that_become_no_numbers_end_that_text_alone(
+    hybrid_model: Toy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ahead: bool
+) -> None:
+    """While it is being made, with the step's tokens looked at before the next one and after."""
+    runner = hybrid_model.runner()
+    step, positions = runner.step, 0
+
+    def broken(tokens: list[int] | torch.Tensor) -> torch.Tensor:
+        nonlocal positions
+        assert all(0 <= int(token) < 257 for token in tokens)
+        logits = step(tokens).clone()
+        positions += 1
+        if positions == 3:
+            logits[0, 5] = torch.nan
+        return logits
+
+    settings = Sampling(max_tokens=20, ignore_end=True, temperature=0)
+    with Generator(hybrid_model.runner(), ByteTokenizer(), "toy") as model:
+        expected = model.generate("b", max_tokens=20, ignore_end=True, temperature=0).text
+    monkeypatch.setattr(runner, "step", broken)
+    with Generator(runner, ByteTokenizer(), "toy") as model:
+        model.engine.ahead = ahead
+        texts = [Completion(reason=""), Completion(reason="")]
+        jobs = [model.job([*prompt], settings, text.add) for prompt, text in zip((b"a", b"b"), texts, strict=True)]
+        model.engine.submit(*jobs)
+        assert model.close()
+        assert [text.reason for text in texts] == ["error", "length"]
+        assert texts[1].text == expected
+        assert jobs[0].row.position < 20 and -1 not in jobs[0].row.seen
+    assert "after its prompt (tokens: 1) and " in caplog.text
+
+
+@pytest.mark.parametrize("where", ["on_token", "on_stop", "on_prompt", "on_end"])
+def test_who_cannot_be_told_of_a_text_is_no_business_of_the_others(model: Generator, where: str) -> None:
+    """Whatever the function raises that is called with tokens, with the prompt's scores, or at the end."""
+
+    def raises(*_: Any) -> Any:
+        raise RuntimeError("the reader is gone")
+
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    sampling = Sampling(
+        max_tokens=3, echo=True, logprobs=1, stop_tokens=tuple(range(257)) if where == "on_stop" else ()
+    )
+    told: dict[str, Any] = {"on_token": lambda _: False, "on_end": ended.put, where: raises}
+    model.engine.submit(Job([1, 2, 3], sampling, **told))
+    expected = model.generate("a", max_tokens=3, ignore_end=True)
+    assert expected.reason == "length"
+    if where != "on_end":
+        assert ended.get(timeout=10) == "error"
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 2])
+def test_what_the_slots_take_at_once_does_not_wait(hybrid_model: Toy, waiting: int) -> None:
+    """As many texts as there are slots are taken however few may wait, one call after the other."""
+    for _ in range(10):
+        with Generator(hybrid_model.runner(slots=4), ByteTokenizer(), "toy", max_waiting=waiting) as model:
+            texts = model.generate_batch(["a"] * 4, max_tokens=2, ignore_end=True)
+            assert len(texts) == 4
+
+
+def test_a_text_that_closing_cuts_off_is_not_given_as_finished(hybrid_model: Toy) -> None:
+    model = Generator(hybrid_model.runner(max_length=2**16), ByteTokenizer(), "toy")
+    pieces = model.stream("a", max_tokens=2**15, ignore_end=True)
+    next(pieces)
+    threading.Thread(target=model.close, args=[0]).start()
+    with pytest.raises(Closed, match="the text was not finished in time"):
+        list(pieces)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybrid.errors import ConfigError
-from hybrid.generation.sampling import Row, Sampling, choose, new_key, uniform
+from hybrid.generation.sampling import NONE, Row, Sampling, choose, new_key, uniform
 
 SHARES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
@@ -108,3 +108,19 @@ def test_where_a_text_ends_is_said_by_one_text_or_several() -> None:
     assert Sampling(stop=stop).stop == ("_(",)
     assert Sampling(stop=["_", "("]).stop == ("_", "(")  # type: ignore[arg-type]
     assert Sampling(temperature=1, top_p=1) == Sampling(temperature=1.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-308, 5e-324])
+def test_the_smallest_temperatures_take_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 300.0, -300.0], [-5.0, -3.0, -4.0]])
+    rows = [Row(Sampling(temperature=temperature, top_k=k), new_key(3)) for k in (0, 2)]
+    assert [chosen.token for chosen in choose(logits, rows)] == [1, 1]
+
+
+def test_no_token_is_chosen_where_there_are_no_numbers() -> None:
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1.0, nan, 2.0], [0.0, inf, 0.0], [-inf, 1.0, -inf], [-inf, -inf, -inf]])
+    for sampling in (Sampling(temperature=0), Sampling(seed=1), Sampling(logprobs=1), Sampling(top_k=2, min_p=0.1)):
+        rows = [Row(sampling, new_key(1)) for _ in logits]
+        assert [chosen.token for chosen in choose(logits, rows)] == [NONE, NONE, 1, NONE]
+        assert [row.position for row in rows] == [0, 0, 1, 0]

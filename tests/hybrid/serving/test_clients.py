@@ -2,6 +2,7 @@
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -98,8 +99,11 @@ def test_failures_are_those_of_the_package(client: openai.OpenAI, guarded: Serve
         ({"prompt": "a", "top_p": 0}, "top_p: Input should be greater than 0"),
         ({"prompt": "a", "n": 4, "best_of": 5}, "best_of: is 5 and n is 4"),
         ({"prompt": ["a"] * 100, "n": 2}, "asks for 200 texts"),
-        ({"prompt": "a", "presence_penalty": 1.0}, "presence_penalty: Input should be less than or equal to 0"),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "a", "presence_penalty": 1.0}, "presence_penalty: is not done here; leave it out, or give 0"),
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias: is not done here; leave it out, or give {}"),
+        ({"prompt": "a", "stop_token_ids": [257]}, "stop_token_ids: has token 257"),
+        ({"prompt": [97] * 20000, "n": 100}, "100 texts are asked for at once, and there is room for 4"),
+        ({"prompt": [97] * 20000, "n": 8}, "prompt: has 20000 tokens, and prompt and text together may have 16384"),
         ({"prompt": "a", "tools": []}, "tools: there is no such field"),
         ({"prompt": "a", "sufix": "b"}, "sufix: there is no such field; did you mean suffix?"),
         ({"prompt": "a", "suffix": "b"}, "suffix: must be null"),
@@ -154,6 +158,24 @@ def test_chats_refuse_what_says_nothing_or_two_things(served: Served) -> None:
         assert http.post("/v1/chat/completions", json={**asked, "max_completion_tokens": 2}).status_code == 200
 
 
+def test_a_chat_that_is_too_long_is_told_so_by_its_own_names(served: Served) -> None:
+    with served.client() as http:
+
+        def refused(count: int, **more: int) -> tuple[str, str]:
+            asked = {"messages": [{"role": "user", "content": "a" * count}], **more}
+            answer = http.post("/v1/chat/completions", json=asked)
+            assert answer.status_code == 400
+            return answer.json()["error"]["param"], answer.json()["error"]["message"]
+
+        param, message = refused(17000)
+        assert param == "messages" and message.startswith("messages: has 17018 tokens, and prompt and text together")
+        for name in ("max_tokens", "max_completion_tokens"):
+            param, message = refused(1, **{name: 17000})
+            assert param == name and message.endswith(
+                "ask for 16365 at most, or open the model with a greater max_length"
+            )
+
+
 def test_megatrons_clients(served: Served) -> None:
     with served.client() as http:
         body = {"prompts": ["def ", "x"], "tokens_to_generate": 5, "top_k": 1, "logprobs": True}
@@ -170,12 +192,48 @@ def test_megatrons_clients(served: Served) -> None:
             ({"prompts": ["a"], "top_k": 3, "top_p": 0.5}, "top_p: cannot be set together with top_k"),
             ({"prompts": ["a"], "top_p_decay": 0.5}, "top_p_decay: is 0.5"),
             ({"prompts": ["a"], "max_len": 5}, "max_len: there is no such field"),
-            ({"prompts": [""]}, "prompt: is empty"),
+            ({"prompts": [""]}, "prompts: is empty"),
+            ({"prompts": ["a"], "tokens_to_generate": 17000}, "tokens_to_generate: is 17000, and the prompt has 1"),
+            ({"prompts": ["a"], "stop_token": 300}, "stop_token: has token 300"),
         ]:
             refused = http.put("/api", json=wrong)
             assert refused.status_code == 400 and says in refused.json()
         half = http.put("/api", content='{"prompts": ["\\udc80"]}', headers={"content-type": "application/json"})
         assert half.status_code == 400 and "half of a character" in half.json()
+
+
+def test_a_prompt_stands_once_before_its_text_even_if_the_tokenizer_changes_it(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that writes all in lower case."""
+    encode = served.model.tokenizer.encode
+    monkeypatch.setattr(served.model.tokenizer, "encode", lambda text: encode(text.lower()))
+    asked = {"prompts": ["ABC"], "tokens_to_generate": 3, "top_k": 1}
+    with served.client() as http:
+        for more in ({}, {"add_BOS": True}):
+            answers = [http.put("/api", json={**asked, **more, "logprobs": scored}).json() for scored in (False, True)]
+            assert answers[0]["text"] == answers[1]["text"] and answers[0]["tokens"] == answers[1]["tokens"]
+            text = answers[0]["text"][0]
+            assert text.startswith("ABC") and "abc" not in text.lower()[3:]
+
+
+def test_others_are_answered_while_a_long_prompt_is_taken_apart(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, begun, go_on = served.model.tokenizer.encode, threading.Event(), threading.Event()
+
+    def slow(text: str) -> list[int]:
+        begun.set()
+        assert go_on.wait(30)
+        return encode(text)
+
+    monkeypatch.setattr(served.model.tokenizer, "encode", slow)
+    with served.client() as http, ThreadPoolExecutor() as pool:
+        long = pool.submit(http.post, "/v1/completions", json={"prompt": "a" * 100_000})
+        assert begun.wait(30)
+        assert http.get("/health", timeout=10).status_code == 200
+        go_on.set()
+        assert "prompt: has 100000 tokens" in long.result().json()["error"]["message"]
 
 
 def test_half_a_character_as_the_models_name_is_refused_on_all_routes(served: Served) -> None:
@@ -215,8 +273,11 @@ def test_long_bodies_and_a_full_queue_are_refused(guarded: Served) -> None:
         assert full.status_code == 429 and full.headers["retry-after"]
         assert full.json()["error"]["type"] == "rate_limit_error"
         assert http.get("/health").json() == {"status": "ok", "model": "toy"}
+    counts = {status: _count(guarded, f'hybrid_refused_total{{status="{status}"}}', key) for status in (401, 413)}
+    assert counts[413] == 2
     with guarded.client() as stranger:
         assert stranger.get("/metrics").status_code == 401
+        assert _count(guarded, 'hybrid_refused_total{status="401"}', key) == counts[401] + 1
         assert stranger.get("/").status_code == 200
         assert stranger.put("/api", json={}).json().startswith("the API key")
 
@@ -243,8 +304,8 @@ def test_metrics_count(served: Served) -> None:
     assert "hybrid_time_to_first_token_seconds_bucket" in text
 
 
-def _count(served: Served, line: str) -> float:
-    with served.client() as http:
+def _count(served: Served, line: str, headers: dict[str, str] | None = None) -> float:
+    with served.client(headers=headers) as http:
         found = [each.split()[1] for each in http.get("/metrics").text.splitlines() if each.startswith(line)]
     return float(found[0]) if found else 0.0
 
@@ -261,6 +322,17 @@ def test_metrics_count_who_hangs_up_and_no_echo(served: Served) -> None:
     with served.client() as http:
         http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1})
     assert [_count(served, name) for name in names] == before_echo
+
+
+def test_metrics_count_tokens_as_the_usage_does(served: Served) -> None:
+    """With the token that ends a text."""
+    name = "hybrid_generated_tokens_total"
+    with served.client() as http:
+        for more in ({}, {"logprobs": 1}, {"logprobs": 1, "echo": True}):
+            before = _count(served, name)
+            asked = {"prompt": "a", "max_tokens": 5, "stop_token_ids": list(range(128)), "seed": 3, **more}
+            made = http.post("/v1/completions", json=asked).json()["usage"]["completion_tokens"]
+            assert made and _count(served, name) == before + made
 
 
 def test_many_clients_at_once(served: Served) -> None:

@@ -12,7 +12,7 @@ import pytest
 from tests.hybrid.serving.conftest import Served, make_generator, serve
 
 LONG = {"prompt": "a", "max_tokens": 16000, "ignore_eos": True}
-SAYS = "the server is ending, and the text was not finished in time"
+SAYS = "the model is being closed, and the text was not finished in time"
 
 
 @contextmanager
