@@ -38,6 +38,7 @@ def serve(
     allow: Allow = None,
 ) -> None:
     """Serve a trained model: OpenAI's and Megatron's routes, metrics, and a page to try it."""
+    from converters.convert import open_checkpoint
     from hybrid.errors import ConfigError, Problem
     from hybrid.generation.batches import read_text
     from hybrid.serving.limits import Limits
@@ -47,7 +48,10 @@ def serve(
     if not math.isfinite(body_mib):
         raise ConfigError(Problem("--body-mib", f"is {body_mib}; give a number of MiB"))
     template = None if chat_template is None else read_text(chat_template, "--chat-template")
-    socket = listen(host, port)  # a port that is taken is said before the model is loaded
+    fields, names = model_fields(known), tuple(allow or ())
+    if not Path(checkpoint).exists():
+        open_checkpoint(checkpoint, fields, names)  # a misspelt name is said before a port that is taken
+    socket = listen(host, port)  # and that before the model is loaded
     model = open_generator(
         checkpoint,
         max_waiting=queue,
@@ -59,8 +63,8 @@ def serve(
         max_length=max_length,
         prefill_chunk=prefill_chunk,
         batch_invariant=batch_invariant,
-        known=model_fields(known),
-        allow=tuple(allow or ()),
+        known=fields,
+        allow=names,
     )
     model.name = name or model.name
     run(model, socket, Limits(api_key, int(body_mib * 2**20)), drain)

@@ -10,7 +10,7 @@ import time
 
 import uvicorn
 
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, Problem
 from hybrid.generation.generator import Generator
 from hybrid.serving.app import create_app
 from hybrid.serving.limits import Limits
@@ -21,7 +21,7 @@ _SECONDS_TO_READ = 5  # what a client has to take the rest of its text, once all
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError if the address cannot be had."""
+    """A listening socket. Raises ConfigError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -31,7 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         other = "--host" if unknown else "--port"
-        raise UserError(f"cannot listen on {host} port {port}: {error.strerror}; choose another {other}") from error
+        said = f"{host} port {port} cannot be listened on ({error.strerror}); choose another"
+        raise ConfigError(Problem(other, said)) from error
     return listening
 
 
