@@ -196,14 +196,14 @@ def pick(logits: Tensor, rows: Sequence[Row], ahead: int = 0) -> Tensor:
     `NONE`.
     """
     tokens = logits.argmax(-1)  # that of a NaN, if there is one
-    numbers = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).isfinite()
+    numbers = logits.gather(-1, tokens.unsqueeze(-1)).isfinite().squeeze(-1)
     others = [i for i, row in enumerate(rows) if not row.plain]
     if len(others) == len(rows):
         tokens = _sample(logits, rows, tokens, ahead)
     elif others:
         where = to_device(others, torch.int64, logits.device)
         tokens[where] = _sample(logits[where], [rows[i] for i in others], tokens[where], ahead)
-    return tokens.masked_fill(~numbers, NONE)
+    return torch.where(numbers, tokens, NONE)
 
 
 def logprobs(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[Chosen]:
