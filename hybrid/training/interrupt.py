@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -73,7 +73,8 @@ class Interrupt:
             self._signal, self._since = signal.Signals(number), time.monotonic()
             if self._says:  # past Python's own buffers, which this may have interrupted
                 line = f"{self._signal.name}: saves after this step and stops; Ctrl-C again stops at once, unsaved"
-                os.write(2, f"\n{line}\n".encode())
+                with suppress(OSError):  # nobody may be reading any more
+                    os.write(2, f"\n{line}\n".encode())
         self.wanted = True
 
     def exit(self) -> SystemExit:

@@ -40,3 +40,14 @@ with Interrupt(alone={alone}, says=True):
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None and b"SIGINT: saves after this step and stops" in process.stderr.read()
     assert process.wait(10) == code
+
+
+def test_a_signal_is_noted_though_nobody_reads_what_is_said_of_it() -> None:
+    """As behind a pipe whose reader has gone."""
+    script = """import os, signal; from hybrid.training.interrupt import Interrupt
+reading, writing = os.pipe(); os.close(reading); os.dup2(writing, 2)
+with Interrupt(alone=True, says=True) as interrupt:
+    signal.raise_signal(signal.SIGTERM)
+print(interrupt.wanted)"""
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert done.stdout == b"True\n"
