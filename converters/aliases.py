@@ -22,9 +22,7 @@ _RENAMED = [
 _RENAMED_COMPILED = [(re.compile(old), new) for old, new in _RENAMED]
 _LAYER = re.compile(r"^(.*?\blayers\.)(\d+)(\..+)$")
 _INNER = re.compile(r"^(mtp\.layers\.\d+\.mtp_model_layer\.layers\.)(\d+)(\..+)$")
-_NO_WEIGHT = re.compile(
-    r"(_extra_state(/shard.*)?|inv_freq|local_tokens_per_expert|\.core_attention\.(?!indexer\.).*)$"
-)
+_NO_WEIGHT = re.compile(r"(_extra_state(/shard.*)?|inv_freq|local_tokens_per_expert)$")
 
 
 def is_weight(name: str) -> bool:

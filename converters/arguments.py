@@ -6,6 +6,7 @@ from typing import Any
 from converters.checkpoint import Checkpoint
 from converters.layout import Layout
 from converters.pickles import Inert
+from hybrid.config import ModelConfig
 
 _SAME = {
     "hidden_size": "hidden_size",
@@ -45,6 +46,7 @@ _LATENT = {
 """The same of latent attention."""
 
 _POSITIONS = {"none": "none", "rope": "rope", "learned_absolute": "learned"}
+_SCORES = ("softmax", "sigmoid")
 
 # What a layer kind does not have says nothing: Megatron fills these in for every model.
 _OF_KIND = {
@@ -88,7 +90,7 @@ def known_fields(args: dict[str, Any], symbols: str, mamba1: bool = False) -> di
         known["activation"] = "swiglu"
     elif args.get("squared_relu"):
         known["activation"] = "squared_relu"
-    elif "swiglu" in args:
+    elif "swiglu" in args and not args.get("quick_geglu"):  # which is gated, too; `unexpressed` says the rest
         known["activation"] = "gelu"
     position = args.get("position_embedding_type")
     if position in _POSITIONS:
@@ -97,29 +99,90 @@ def known_fields(args: dict[str, Any], symbols: str, mamba1: bool = False) -> di
         known["position_embedding"] = "rope"
     if isinstance(args.get("vocab_size"), int):
         known["vocab_size"] = args["vocab_size"]
-    if args.get("moe_router_score_function") not in ("softmax", "sigmoid"):
+    if args.get("moe_router_score_function") not in _SCORES:
         known.pop("moe_router_score", None)
     known["layer_pattern"] = _pattern(args)
     return {name: value for name, value in known.items() if value is not None}
 
 
+# Megatron's name: the layer kinds whose computation it changes ("" for all), and how.
 _UNEXPRESSED = {
-    "apply_layernorm_1p": "norms hold their weight less 1",
-    "rotary_interleaved": "rotary positions rotate neighbouring dimensions",
-    "rotary_seq_len_interpolation_factor": "rotary positions are stretched",
-    "use_rope_scaling": "rotary positions are scaled",
-    "moe_router_pre_softmax": "the router's softmax comes before the choice of experts",
-    "moe_router_num_groups": "experts are chosen from groups",
-    "use_mup": "widths scale the layers (muP)",
+    "apply_layernorm_1p": ("", "norms hold their weight less 1"),
+    "use_mup": ("", "widths scale the layers (muP)"),
+    "position_embedding_type": ("*", "positions are of another kind"),
+    "rotary_interleaved": ("*+", "rotary positions rotate neighbouring dimensions"),
+    "rotary_seq_len_interpolation_factor": ("*", "rotary positions are stretched"),
+    "use_rope_scaling": ("*", "rotary positions are scaled"),
+    "no_rope_freq": ("*", "some layers rotate nothing"),
+    "rope_type": ("+", "latent attention's rotary positions are stretched"),
+    "mscale_all_dim": ("+", "attention scores are scaled with the rotary positions"),
+    "softmax_type": ("*+", "the softmax of attention has an offset"),
+    "softmax_scale": ("*+", "attention scores are scaled"),
+    "window_size": ("*+", "attention sees a window"),
+    "qk_l2_norm": ("*", "queries and keys are normalized"),
+    "attention_output_gate": ("*", "attention's output is gated"),
+    "openai_gelu": ("-E", "GELU is approximated"),
+    "quick_geglu": ("-E", "MLPs are gated with an approximated GELU"),
+    "glu_linear_offset": ("-E", "gated MLPs have an offset"),
+    "activation_func_clamp_value": ("-E", "activations are clamped"),
+    "moe_router_pre_softmax": ("E", "the router's softmax comes before the choice of experts"),
+    "moe_router_score_function": ("E", "the router scores otherwise than by softmax or sigmoid"),
+    "moe_router_load_balancing_type": ("E", "experts are chosen by their balance"),
+    "moe_router_group_topk": ("E", "experts are chosen from groups"),
+    "moe_router_topk_limited_devices": ("E", "experts are chosen from groups"),
+    "moe_expert_capacity_factor": ("E", "experts drop tokens"),
+    "moe_apply_probs_on_input": ("E", "the router weighs the experts' inputs"),
+    "moe_mlp_glu_interleave_size": ("E", "rows of gate and up lie in turns"),
+    "moe_shared_expert_glu_interleave_size": ("E", "rows of gate and up lie in turns"),
+    "mtp_use_repeated_layer": ("", "one layer predicts all tokens further ahead"),
 }
+_ROTARY = {"rotary_interleaved", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "no_rope_freq"}
 
 
-def unexpressed(args: dict[str, Any]) -> list[str]:
+def unexpressed(args: dict[str, Any], model: ModelConfig) -> list[str]:
     """What these arguments say of the model that the fields of ModelConfig cannot."""
-    found = [f"{name}={args[name]} ({meaning})" for name, meaning in _UNEXPRESSED.items() if args.get(name)]
-    if args.get("multi_latent_attention") and args.get("rope_type") == "yarn":
-        found.append("rope_type=yarn (latent attention's rotary positions are stretched)")
-    return found
+    return [f"{name}={args.get(name)} ({_UNEXPRESSED[name][1]})" for name in _changing(args, model)]
+
+
+def _changing(args: dict[str, Any], model: ModelConfig) -> list[str]:
+    """The names of the arguments that change what layers of this model compute."""
+    layers = set(model.pattern.layers + model.pattern.mtp)
+    rotated = layers & ({"*", "+"} if model.position_embedding == "rope" else {"+"})
+    return [
+        name
+        for name, (kinds, _) in _UNEXPRESSED.items()
+        if (not kinds or set(kinds) & (rotated if name in _ROTARY else layers)) and _changes(name, args)
+    ]
+
+
+def _changes(name: str, args: dict[str, Any]) -> bool:
+    """Whether an argument has a value other than that of what our model computes."""
+    value = args.get(name)
+    match name:
+        case "position_embedding_type":
+            return value is not None and value not in _POSITIONS
+        case "no_rope_freq":
+            return any(value) if isinstance(value, list | tuple) else bool(value)
+        case "rope_type":  # latent attention takes yarn where nothing is said
+            return bool(args.get("multi_latent_attention")) and value != "rope"
+        case "mscale_all_dim":
+            return bool(value) and (args.get("rotary_scaling_factor") or 1) > 1
+        case "softmax_type":
+            return value not in (None, "vanilla")
+        case "window_size":  # what comes later is never seen; -1 is no limit
+            return (value[0] if isinstance(value, list | tuple) and value else value) not in (None, -1)
+        case "moe_router_pre_softmax":
+            return bool(value) and args.get("moe_router_score_function") in (None, "softmax")
+        case "moe_router_score_function":
+            return value not in (None, *_SCORES)
+        case "moe_router_load_balancing_type":
+            return value == "sinkhorn" or (isinstance(value, list | tuple) and "sinkhorn" in value)
+        case "moe_router_group_topk":  # all groups of them are no choice
+            return bool(value) and value != args.get("moe_router_num_groups")
+        case "mtp_use_repeated_layer":
+            return bool(value) and (args.get("mtp_num_layers") or 1) > 1
+        case _:
+            return bool(value)
 
 
 def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Namespace:
@@ -128,7 +191,8 @@ def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Nam
     `divisor` is what the vocabulary is padded to, before Megatron multiplies it with the tensor parallel size.
     """
     model, pattern = source.model, source.model.pattern
-    args = {name: value for name, value in source.args.items() if _plain(value)}
+    stored = {name: value for name, value in source.args.items() if _plain(value)}
+    args = dict(stored)
     if source.samples is not None:
         args["consumed_train_samples"] = source.samples
     args |= {name: getattr(model, field) for name, field in _SAME.items()}
@@ -149,7 +213,7 @@ def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Nam
         "mamba_num_heads": model.mamba_heads if model.mamba_version == 2 else None,
         "moe_ffn_hidden_size": model.moe_ffn_size if model.num_experts else None,
         "moe_router_enable_expert_bias": model.moe_expert_bias,
-        "swiglu": model.activation == "swiglu",
+        "swiglu": model.activation == "swiglu" and not source.args.get("quick_geglu"),
         "squared_relu": model.activation == "squared_relu",
         "add_bias_linear": model.add_linear_bias,
         "position_embedding_type": {ours: name for name, ours in _POSITIONS.items()}[model.position_embedding],
@@ -168,6 +232,8 @@ def from_model(source: Checkpoint, layout: Layout, divisor: int) -> argparse.Nam
         "decoder_first_pipeline_num_layers": None,
         "decoder_last_pipeline_num_layers": None,
     }
+    # What our fields cannot say stays as it was said: Megatron computes with it.
+    args |= {name: stored.get(name) for name in _changing(source.args, model)}
     return argparse.Namespace(**args)
 
 

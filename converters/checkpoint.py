@@ -119,6 +119,17 @@ class Checkpoint:
             shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
             raise UserError(f"{self.path} cannot be converted as it stands:\n" + "\n".join(f"  {p}" for p in shown))
 
+    def require_expressed(self) -> None:
+        """Raise ConfigError if our model computes otherwise with these weights than the one they are of."""
+        if self.unexpressed:
+            raise ConfigError(
+                Problem(
+                    str(self.path),
+                    f"has {', '.join(self.unexpressed)}, which our model does not compute; these weights can be "
+                    "converted to megatron and torch_dist, for Megatron itself, but neither run nor trained here",
+                )
+            )
+
 
 def in_order(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The tensors in the order of the model; those it does not know at the end."""

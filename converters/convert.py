@@ -99,10 +99,12 @@ def rank_state(
     """What one rank's model loads with `load_state_dict`: per virtual stage, name of the live parameter -> tensor.
 
     `tensor`, `pipeline` and `expert` are (rank, size). Only this rank's part is read. `layer_pattern` says where the
-    stages end; `fused_norms` as in `megatron.plan`.
+    stages end; `fused_norms` as in `megatron.plan`. Raises UserError for missing or unknown tensors, ConfigError for
+    weights with which our model computes otherwise.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     checkpoint.require_complete()
+    checkpoint.require_expressed()
     sizes = {"tensor": tensor[1], "pipeline": pipeline[1], "expert": expert[1]}
     target = layout.target(checkpoint.model, **sizes, cut=layer_pattern)
     shards = layout.shards(checkpoint.tensors, checkpoint.model, target)
@@ -127,9 +129,11 @@ def as_torch_dist(
 
     A distributed checkpoint is its own; another is converted once into a folder under `cache`, which is named after the
     files it came from. `vocabulary` is a (size, multiple) that the embedding must be padded to; by default it is as in
-    `convert`. Not to be called by several processes for one checkpoint at a time. Raises as `convert` does.
+    `convert`. Not to be called by several processes for one checkpoint at a time. Raises as `convert` does, and
+    ConfigError for weights with which our model computes otherwise (`Checkpoint.require_expressed`).
     """
     checkpoint = reference if isinstance(reference, Checkpoint) else open_checkpoint(reference, overrides)
+    checkpoint.require_expressed()
     rows = -(-vocabulary[0] // vocabulary[1]) * vocabulary[1] if vocabulary else checkpoint.model.padded_vocab_size
     if checkpoint.format == "torch_dist" and rows == checkpoint.model.padded_vocab_size:
         return checkpoint.path

@@ -139,6 +139,7 @@ def _checkpoint(opening: Opening) -> "Checkpoint":
 
     checkpoint = convert.open_checkpoint(opening.reference, opening.known, opening.allow)
     checkpoint.require_complete()
+    checkpoint.require_expressed()
     model = checkpoint.model
     if model.padded_vocab_size % opening.tensor_parallel:
         checkpoint = convert.with_rows(checkpoint, model.vocab_size, 8 * opening.tensor_parallel)

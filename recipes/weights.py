@@ -116,6 +116,7 @@ def _source(built: Settings) -> "Checkpoint | None":
     if opened is None:
         return None
     opened.require_complete()
+    opened.require_expressed()
     if problems := list(_differences(built.model, opened)):
         raise ConfigError(problems)
     return opened

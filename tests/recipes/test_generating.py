@@ -41,6 +41,13 @@ def test_two_processes_give_the_text_of_one(tmp_path: Path, kind: str) -> None:
     assert greedy(path, tensor_parallel=2) == greedy(path)
 
 
+def test_weights_of_another_computation_are_refused(tmp_path: Path) -> None:
+    model = small_model("hybrid", **VOCABULARY)
+    path = save_legacy(tmp_path / "a", model, random_weights(model), position_embedding_type="yarn")
+    with pytest.raises(ConfigError, match=r"has position_embedding_type=yarn .* which our model does not compute"):
+        open_generator(path, tokenizer="byte")
+
+
 def _dies(*_: Any) -> None:
     sys.exit(3)
 

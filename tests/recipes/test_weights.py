@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from converters import convert, summary
 from hybrid.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -119,6 +120,17 @@ def test_weights_of_another_model_are_refused_before_anything_runs(trained: Path
         "32"
     )
     assert not any(tmp_path.iterdir())
+
+
+def test_weights_of_another_computation_are_refused_before_anything_runs(trained: Path, tmp_path: Path) -> None:
+    convert.convert(trained / "first", tmp_path / "legacy", "megatron")
+    (file,) = tmp_path.rglob("model_optim_rng.pt")
+    content = torch.load(file, weights_only=False)
+    content["args"].window_size = (128, 0)
+    torch.save(content, file)
+    with pytest.raises(ConfigError, match=r"has window_size=.* which our model does not compute"):
+        launch(small(tmp_path / "runs", f"checkpoint=megatron:{tmp_path / 'legacy'}", tune=True))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
