@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 from hybrid.pattern import CONVERTED, LAYER_KINDS
 
 # (old, new), applied in this order to every name. Live parameters and 2024's modules, fused and separate norms, grouped
@@ -40,7 +40,7 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
 
     Layers of GPT's kind (attention and MLP in one) become two. The stacks are `decoder` and
     `mtp.layers.D.mtp_model_layer`; a layer that is missing in between, or of a kind that the converters do not know,
-    raises UserError.
+    raises CheckpointError.
     """
     renamed = {name: _rename(name) for name in names}
     suffixes: dict[str, dict[int, set[str]]] = {}
@@ -51,7 +51,7 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     for stack, layers in suffixes.items():
         gaps = sorted(set(range(len(layers))) - set(layers))
         if gaps:
-            raise UserError(f"{stack} has {len(layers)} layers, but none of the number {gaps[0]}")
+            raise CheckpointError(f"{stack} has {len(layers)} layers, but none of the number {gaps[0]}")
         symbols[stack] = [_symbols(f"{stack}{index}", layers[index]) for index in range(len(layers))]
     result: dict[str, str] = {}
     for name, new in renamed.items():
@@ -73,7 +73,7 @@ def canonical(names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     seen: dict[str, str] = {}
     for name, new in result.items():
         if new in seen:
-            raise UserError(f"{seen[new]} and {name} are two names of one tensor, {new}")
+            raise CheckpointError(f"{seen[new]} and {name} are two names of one tensor, {new}")
         seen[new] = name
     return result, {stack.removesuffix(".layers."): "".join(kinds) for stack, kinds in symbols.items()}
 
@@ -105,13 +105,13 @@ def _symbols(layer: str, suffixes: set[str]) -> str:
     if "mlp" in starts:
         result += "E" if any(suffix.startswith(("mlp.router.", "mlp.experts.")) for suffix in suffixes) else "-"
     if not result:
-        raise UserError(f"{layer} is of no known kind; its tensors are {', '.join(sorted(suffixes)[:5])}")
+        raise CheckpointError(f"{layer} is of no known kind; its tensors are {', '.join(sorted(suffixes)[:5])}")
     return result
 
 
-def _unknown_kind(layer: str, what: str) -> UserError:
+def _unknown_kind(layer: str, what: str) -> CheckpointError:
     known = ", ".join(f"{LAYER_KINDS[symbol]} ({symbol})" for symbol in CONVERTED)
-    return UserError(
+    return CheckpointError(
         f"{layer} is {what}; the converters and generation know the layers {known}. "
         "Training goes on from such a checkpoint (checkpoint.load)"
     )

@@ -13,7 +13,7 @@ from converters.tensors import Tensor
 from converters.torchfile import Files, bytes_plan
 from hybrid import pattern
 from hybrid.config import ModelConfig, Settings
-from hybrid.errors import ConfigError, Problem, UserError, nearest
+from hybrid.errors import CheckpointError, ConfigError, Problem, nearest
 
 COMPANIONS = re.compile(
     r"(hybrid_)?tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|chat_template.*|"
@@ -112,12 +112,14 @@ class Checkpoint:
         return result
 
     def require_complete(self) -> None:
-        """Raise UserError if a tensor is missing or one is unknown."""
+        """Raise CheckpointError if a tensor is missing or one is unknown."""
         problems = [f"{name} is missing" for name in self.missing]
         problems += [f"{name} is unknown{hint}" for name, hint in self.unknown.items()]
         if problems:
             shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-            raise UserError(f"{self.path} cannot be converted as it stands:\n" + "\n".join(f"  {p}" for p in shown))
+            raise CheckpointError(
+                f"{self.path} cannot be converted as it stands:\n" + "\n".join(f"  {p}" for p in shown)
+            )
 
     def require_expressed(self) -> None:
         """Raise ConfigError if our model computes otherwise with these weights than the one they are of."""

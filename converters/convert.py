@@ -19,8 +19,8 @@ from converters.checkpoint import Checkpoint, Optimizer
 from converters.output import Progress, Report
 from converters.streams import Reader
 from converters.tensors import FLOATS, Tensor, cast, cat, narrow, zeros
-from converters.torchfile import Files
-from hybrid.errors import ConfigError, Problem, UserError
+from converters.torchfile import Files, reading
+from hybrid.errors import CheckpointError, ConfigError, Problem, UserError
 from hybrid.training import folder as run_folder
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ def open_checkpoint(
 
     The format is found by looking. `overrides` are fields of ModelConfig that win over what the checkpoint says;
     `allow` are names that pickles may hold beyond those known. Reads headers only. Raises ConfigError if there is
-    nothing or nothing known there, UserError or ConfigError for what is damaged or contradictory.
+    nothing or nothing known there, CheckpointError or ConfigError for what is damaged or contradictory.
     """
     known = dict(overrides or {})
     stated, path = _reference(reference)
-    for name, module in FORMATS.items():
-        if stated in (None, name) and module.find(path) is not None:
-            return module.read(path, known, list(allow))
+    with reading(path):
+        for name, module in FORMATS.items():
+            if stated in (None, name) and module.find(path) is not None:
+                return module.read(path, known, list(allow))
     if stated is None and (not path.exists() or (path / run_folder.CHECKPOINTS).is_dir()):
         return _of_run(run_folder.find_checkpoint(str(reference)), known, list(allow))
     raise ConfigError(Problem(str(reference), _nothing(path, stated)))
@@ -67,15 +68,14 @@ def open_checkpoint(
 def _of_run(folder: Path, known: Mapping[str, Any], allow: list[str]) -> Checkpoint:
     """A run's newest checkpoint. Where it is damaged, the error names the one before."""
     try:
-        return torch_dist.read(folder, known, allow)
-    except ConfigError:
-        raise
-    except UserError as error:
+        with reading(folder):
+            return torch_dist.read(folder, known, allow)
+    except CheckpointError as error:
         steps = run_folder.checkpoint_steps(folder.parent)
         if len(steps) < 2:
             raise
         before = run_folder.checkpoint_folder(folder.parent, steps[-2])
-        raise UserError(f"{error}; the run's checkpoint before it is {before}") from error
+        raise CheckpointError(f"{error}; the run's checkpoint before it is {before}") from error
 
 
 def stream(
@@ -99,8 +99,8 @@ def rank_state(
     """What one rank's model loads with `load_state_dict`: per virtual stage, name of the live parameter -> tensor.
 
     `tensor`, `pipeline` and `expert` are (rank, size). Only this rank's part is read. `layer_pattern` says where the
-    stages end; `fused_norms` as in `megatron.plan`. Raises UserError for missing or unknown tensors, ConfigError for
-    weights with which our model computes otherwise.
+    stages end; `fused_norms` as in `megatron.plan`. Raises CheckpointError for missing or unknown tensors, ConfigError
+    for weights with which our model computes otherwise.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     checkpoint.require_complete()
@@ -182,25 +182,27 @@ def convert(
     with '|' where pipeline stages are to end (default: stages of about equal size). `family` is one of
     `hf_families.FAMILIES`. `dtype` is a number format for all but parameters that need float32 (`naming.FLOAT32`).
     `fused_norms` as in `megatron.plan`. `optimizer` carries the optimizer's state over, where both formats have one.
-    `verify` reads everything back. Raises UserError and ConfigError as `open_checkpoint`, and for a target that the
-    model cannot take, an existing destination, a disk without room.
+    `verify` reads everything back. Raises CheckpointError and ConfigError as `open_checkpoint`, ConfigError for a
+    target that the model cannot take and for an existing destination, UserError for a disk without room.
     """
     path = Path(destination)
+    output.refuse_existing(path)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, overrides, allow)
     _refuse_into_source(checkpoint, path)
-    files = planned(
-        checkpoint,
-        to,
-        tensor=tensor,
-        pipeline=pipeline,
-        expert=expert,
-        layer_pattern=layer_pattern,
-        family=family,
-        dtype=dtype,
-        drop_mtp=drop_mtp,
-        fused_norms=fused_norms,
-        optimizer=optimizer,
-    )
+    with reading(checkpoint.path):
+        files = planned(
+            checkpoint,
+            to,
+            tensor=tensor,
+            pipeline=pipeline,
+            expert=expert,
+            layer_pattern=layer_pattern,
+            family=family,
+            dtype=dtype,
+            drop_mtp=drop_mtp,
+            fused_norms=fused_norms,
+            optimizer=optimizer,
+        )
     total = output.total_bytes(files)
     last: list[Progress] = []
 
@@ -320,7 +322,7 @@ def _optimizer(checkpoint: Checkpoint, to: str) -> Optimizer:
     weights = {name for name in checkpoint.tensors if not name.endswith("mlp.router.expert_bias")}
     for slot, tensors in state.slots.items():
         if missing := sorted(weights - tensors.keys()):
-            raise UserError(f"{checkpoint.path}: the optimizer state lacks {slot} of {missing[0]}")
+            raise CheckpointError(f"{checkpoint.path}: the optimizer state lacks {slot} of {missing[0]}")
     return state
 
 

@@ -14,35 +14,35 @@ from converters import pickles, torchfile
 from converters.pickles import Inert
 from converters.tensors import ITEM_SIZES, Blob, Shape, Tensor, narrow, place, stored
 from converters.torchfile import Files, Plan, bytes_plan
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 INDEX = ".metadata"
 
 
 def load(folder: Path, allow: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Blob]]:
-    """Return the tensors of a folder and where its objects lie, by key. Raises UserError for missing, truncated or
-    contradictory files."""
+    """Return the tensors of a folder and where its objects lie, by key. Raises CheckpointError for missing, truncated
+    or contradictory files."""
     path = folder / INDEX
     content = pickles.load(path.read_bytes(), str(path), allow=allow)
     described = content.get("state_dict_metadata") if isinstance(content, Inert) else None
     stored_at = content.get("storage_data") if isinstance(content, Inert) else None
     if not isinstance(described, dict) or not isinstance(stored_at, dict):
-        raise UserError(f"{path} is no index of a distributed checkpoint")
+        raise CheckpointError(f"{path} is no index of a distributed checkpoint")
     sizes: dict[str, int] = {}
     blobs: dict[tuple[str, Shape | None], Blob] = {}
     for key, info in stored_at.items():
         name, start = key.get("fqn"), key.get("offset")
         file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
         if info.get("transform_descriptors"):
-            raise UserError(f"{folder / file}: its chunks are transformed ({info.get('transform_descriptors')})")
+            raise CheckpointError(f"{folder / file}: its chunks are transformed ({info.get('transform_descriptors')})")
         if file not in sizes:
             if Path(file).name != file:
-                raise UserError(f"{path} names a file outside of its folder: {file}")
+                raise CheckpointError(f"{path} names a file outside of its folder: {file}")
             if not (folder / file).is_file():
-                raise UserError(f"{folder / file} is missing")
+                raise CheckpointError(f"{folder / file} is missing")
             sizes[file] = (folder / file).stat().st_size
         if offset + length > sizes[file]:
-            raise UserError(
+            raise CheckpointError(
                 f"{folder / file} is truncated: it has {sizes[file]} bytes, {name} ends at {offset + length}"
             )
         blobs[name, None if start is None else _ints(start)] = Blob(folder / file, offset, length)
@@ -143,18 +143,18 @@ def _index_pickle(
 def _entry(path: Path, name: str, entry: Inert, blobs: Mapping[tuple[str, Shape | None], Blob]) -> Tensor:
     dtype = entry.get("properties").state[0].name
     if dtype not in ITEM_SIZES:
-        raise UserError(f"{path}: {name} has the number format {dtype}, which is not read")
+        raise CheckpointError(f"{path}: {name} has the number format {dtype}, which is not read")
     shape = _ints(entry.get("size"))
     parts: list[tuple[Shape, Tensor]] = []
     for chunk in entry.get("chunks"):
         start = _ints(chunk.get("offsets"))
         if (name, start) not in blobs:
-            raise UserError(f"{path}: the part of {name} at {list(start)} is in no file")
+            raise CheckpointError(f"{path}: the part of {name} at {list(start)} is in no file")
         parts.append((start, stored(blobs[name, start], 0, _ints(chunk.get("sizes")), dtype)))
     try:
         return place(parts, shape)
     except ValueError as error:
-        raise UserError(f"{path}: {name} is incomplete: {error}") from None
+        raise CheckpointError(f"{path}: {name} is incomplete: {error}") from None
 
 
 def _ints(size: Any) -> Shape:

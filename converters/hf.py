@@ -13,7 +13,7 @@ from converters.streams import same
 from converters.tensors import Tensor, cat, select, split
 from converters.torchfile import Files, bytes_plan
 from hybrid.config import ModelConfig
-from hybrid.errors import ConfigError, Problem, UserError, nearest
+from hybrid.errors import CheckpointError, ConfigError, Problem, nearest
 
 CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
@@ -30,7 +30,7 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) -> Checkpoint:
-    """Open a folder of transformers or of state-spaces/mamba. Raises UserError for damaged or missing files,
+    """Open a folder of transformers or of state-spaces/mamba. Raises CheckpointError for damaged or missing files,
     ConfigError for a model that the layer pattern cannot express (why), or one that contradicts its tensors."""
     folder = find(path)
     assert folder is not None
@@ -224,7 +224,7 @@ def _tensors(folder: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     raw: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         if not path.is_file():
-            raise UserError(f"{path} is missing")
+            raise CheckpointError(f"{path} is missing")
         raw |= safefile.load(path) if path.suffix == ".safetensors" else _pickled(path, allow)
     result: dict[str, Tensor] = {}
     for name, tensor in raw.items():
@@ -244,7 +244,7 @@ def _pickled(path: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
@@ -257,9 +257,9 @@ def _weight_files(folder: Path) -> list[Path]:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
                 outside = [entry for entry in names if Path(entry).name != entry]
             except (ValueError, KeyError, AttributeError, TypeError):
-                raise UserError(f"{index} is damaged: it does not name a file for each tensor") from None
+                raise CheckpointError(f"{index} is damaged: it does not name a file for each tensor") from None
             if outside:
-                raise UserError(f"{index} names files outside of its folder")
+                raise CheckpointError(f"{index} names files outside of its folder")
             return [folder / entry for entry in names]
         if (folder / name).is_file():
             return [folder / name]
@@ -270,9 +270,9 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} cannot be read: {error}") from None
+        raise CheckpointError(f"{folder / CONFIG} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} holds no settings")
+        raise CheckpointError(f"{folder / CONFIG} holds no settings")
     return config
 
 

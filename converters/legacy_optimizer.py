@@ -17,7 +17,7 @@ from converters import naming
 from converters.checkpoint import SLOTS, Optimizer
 from converters.pickles import Global
 from converters.tensors import Flat, Tensor, narrow, reshape, zeros
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 DISTRIBUTED_FILE = "distrib_optim.pt"
 ALIGNMENT = 64
@@ -56,14 +56,14 @@ def read_rank(
     """Per virtual stage, the tensors of each slot by the parameter's name.
 
     `chunks` are the weights, `content` is the file's `optimizer`, `buffers` that of DISTRIBUTED_FILE or None, `rank`
-    (tensor, pipeline, expert). Raises UserError if they do not fit together.
+    (tensor, pipeline, expert). Raises CheckpointError if they do not fit together.
     """
     every = parameters(chunks)
     of_expert = [[p for p in every if _is_expert(p.name) == flag] for flag in (False, True)]
     optimizers = content if isinstance(content, list) else [content]
     sets = [every] if len(optimizers) == 1 else of_expert
     if len(sets) != len(optimizers):
-        raise UserError(f"the optimizer state of {len(optimizers)} optimizers in one file is not understood")
+        raise CheckpointError(f"the optimizer state of {len(optimizers)} optimizers in one file is not understood")
     result: list[dict[str, dict[str, Tensor]]] = [{slot: {} for slot in SLOTS} for _ in chunks]
     states = buffers if isinstance(buffers, list) else [buffers] * len(sets)
     for owned, optimizer, state in zip(sets, optimizers, states, strict=True):
@@ -191,7 +191,7 @@ def _from_groups(owned: list[Parameter], optimizer: Any) -> Iterable[tuple[Param
         numbers = group["params"]
         shapes = [inner["state"][number]["exp_avg"].shape for number in numbers if number in inner["state"]]
         if len(numbers) != len(members) or shapes != [p.tensor.shape for p in members]:
-            raise UserError(
+            raise CheckpointError(
                 f"the optimizer state cannot be assigned to the parameters: a group with weight decay multiplier "
                 f"{group.get('wd_mult')} has {len(numbers)} tensors, the model has {len(members)} such parameters"
             )
@@ -209,7 +209,7 @@ def _from_buffers(
 ) -> Iterable[tuple[Parameter, str, Tensor]]:
     """Cut the flat buffers into the parameters."""
     if not state.get("buckets_coalesced"):
-        raise UserError(f"{DISTRIBUTED_FILE} is of Megatron before February 2024, whose buckets are not read")
+        raise CheckpointError(f"{DISTRIBUTED_FILE} is of Megatron before February 2024, whose buckets are not read")
     for index, (members, _, bucket) in enumerate(_buffers(owned, args, rank)):
         (flat,) = state[index].values()
         total = flat["numel_unpadded"]
@@ -217,7 +217,7 @@ def _from_buffers(
         ways = product((bucket, None, 40_000_000), (_shared(args, rank), frozenset[str]()))
         places = next((found for way in ways if (found := place(members, *way))[1] == total), None)
         if places is None:
-            raise UserError(
+            raise CheckpointError(
                 f"{DISTRIBUTED_FILE}: a buffer has {total} elements, which the parameters of this rank do not explain"
             )
         for slot, name in _FLAT_SLOTS.items():

@@ -31,7 +31,7 @@ from converters.ranks import Rank
 from converters.tensors import Tensor
 from converters.torchfile import Files, bytes_plan
 from hybrid.config import ModelConfig
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 from hybrid.pattern import Pattern
 
 _LOW_RANK_NORMS = ("self_attention.linear_q_up_proj.layer_norm_", "self_attention.linear_kv_up_proj.layer_norm_")
@@ -54,15 +54,15 @@ def find(path: Path) -> Path | None:
         elif word.isdigit():
             folder = path / f"iter_{int(word):07d}"
         else:
-            raise UserError(f"{tracker} says '{word[:40]}', neither an iteration nor 'release'")
+            raise CheckpointError(f"{tracker} says '{word[:40]}', neither an iteration nor 'release'")
         if not folder.is_dir():
-            raise UserError(f"{tracker} says '{word}', but there is no folder {folder}")
+            raise CheckpointError(f"{tracker} says '{word}', but there is no folder {folder}")
         return folder if rank_files.folders(folder) else None
     return None
 
 
 def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) -> Checkpoint:
-    """Open a legacy checkpoint. Raises UserError for missing, damaged or contradictory files, ConfigError for
+    """Open a legacy checkpoint. Raises CheckpointError for missing, damaged or contradictory files, ConfigError for
     arguments that contradict the tensors."""
     folder = find(path)
     assert folder is not None
@@ -116,9 +116,9 @@ def _optimizer(
         try:
             found = legacy_optimizer.read_rank(rank.chunks, rank.content["optimizer"], buffers, args, key)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"{rank.path}: its optimizer state is not understood ({error!r})") from None
-        except UserError as error:
-            raise UserError(f"{rank.path}: {error}") from None
+            raise CheckpointError(f"{rank.path}: its optimizer state is not understood ({error!r})") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{rank.path}: {error}") from None
         for slot in SLOTS:
             slots[slot][key] = replace(rank, chunks=[chunk[slot] for chunk in found])
     whole = {slot: rank_files.assemble(group).tensors for slot, group in slots.items()}

@@ -4,6 +4,7 @@ The folder is written beside its destination under another name, synced, and ren
 kill leaves the destination as it was. Nothing is ever written elsewhere.
 """
 
+import contextlib
 import errno
 import os
 import resource
@@ -21,10 +22,13 @@ from pathlib import Path
 from converters.streams import Reader
 from converters.tensors import Flat, Tensor
 from converters.torchfile import Part, Plan
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, UserError
 
 WORKERS = min(8, os.cpu_count() or 1)
 """Threads that read, convert and write; each holds a few blocks of `streams.BLOCK_BYTES`."""
+
+_OTHER_FILES = 256  # what a process has open besides
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -60,42 +64,58 @@ def total_bytes(files: dict[str, Plan]) -> int:
     return sum(plan.size for plan in files.values())
 
 
+def refuse_existing(destination: Path) -> None:
+    """Raise ConfigError if a destination exists; an empty folder is taken."""
+    if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists already; name another destination, or remove it")
+
+
 @contextmanager
 def replacing(destination: Path, needed: int) -> Iterator[Path]:
     """Give a folder beside `destination` to write into; at the end it becomes `destination`, on an error it is removed.
 
-    Raises UserError if the destination exists (an empty folder is taken), if the file system has less than `needed`
-    bytes left, and, in one sentence, for whatever the file system says while it is written to.
+    Folders above it that are missing are made, and are removed on an error, too. Raises ConfigError if the destination
+    exists (an empty folder is taken) or no folder can be made there; UserError if the file system has less than
+    `needed` bytes left, and, in one sentence, for whatever it says while it is written to.
     """
-    if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
-        raise UserError(f"{destination} exists already; name another destination, or remove it")
     parent = destination.absolute().parent
+    made: list[Path] = []
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        room = shutil.disk_usage(parent).free
+        refuse_existing(destination)
+        made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+        room = shutil.disk_usage(made[-1].parent if made else parent).free
         if room < needed:
             raise UserError(
                 f"{destination} needs {needed / 1e9:.2f} GB, but the disk under {parent} has {room / 1e9:.2f} GB left"
             )
+        for missing in reversed(made):
+            missing.mkdir(exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".part", dir=parent))
-        try:
-            folder.chmod(0o777 & ~_umask())
-            yield folder
-            if destination.is_dir():
-                destination.rmdir()
-            folder.rename(destination)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full; {destination} was not written, nothing was left behind") from None
+        _remove_empty(made)
+        if error.errno in _FULL:
+            raise _full(destination) from None
+        reason = error.strerror or error
+        raise ConfigError(f"{destination} cannot be written: {reason}; name another destination") from None
+    try:
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        if destination.is_dir():
+            destination.rmdir()
+        folder.rename(destination)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        _remove_empty(made)
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in _FULL:
+            raise _full(destination) from None
         raise UserError(f"{destination} cannot be written: {error.strerror or error}") from None
 
 
 def write(folder: Path, files: dict[str, Plan], report: Report | None = None, workers: int = WORKERS) -> None:
     """Write the planned files, whose names are relative to `folder`, and sync them to the disk."""
-    _allow_open_files(len(files))
+    _allow_open_files(files)
     total = total_bytes(files)
     meter = _Meter(total, report)
     descriptors: dict[str, int] = {}
@@ -135,19 +155,38 @@ def write(folder: Path, files: dict[str, Plan], report: Report | None = None, wo
 
 
 def differences(folder: Path, files: dict[str, Plan], workers: int = WORKERS) -> list[str]:
-    """Read the files again and compare every part with what it was made from; return the files that differ."""
+    """Read the files again and compare all of them with what they were made from; return those that differ."""
 
-    def differs(reader: Reader, path: Path, part: Part) -> bool:
+    def differs(reader: Reader, path: Path, part: Part, sums: dict[int, int]) -> bool:
+        crc = 0
         with open(path, "rb", buffering=0) as file:
             file.seek(part.offset)
             for block in _blocks(reader, part.content):
                 if file.read(len(block)) != block:
                     return True
+                crc = zlib.crc32(block, crc) if part.checked else 0
+        sums[part.offset] = crc
         return False
 
+    def differs_elsewhere(path: Path, plan: Plan, sums: dict[int, int]) -> bool:
+        """In its length, or in what follows from the sums of its parts."""
+        with open(path, "rb") as file:
+            for offset, data in plan.seal(sums) if plan.seal else []:
+                file.seek(offset)
+                if file.read(len(data)) != data:
+                    return True
+        return path.stat().st_size != plan.size
+
+    sums: dict[str, dict[int, int]] = {name: {} for name in files}
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
-        jobs = [(n, pool.submit(differs, reader, folder / n, part)) for n, plan in files.items() for part in plan.parts]
-        return sorted({name for name, job in jobs if job.result()})
+        jobs = [
+            (name, pool.submit(differs, reader, folder / name, part, sums[name]))
+            for name, plan in files.items()
+            for part in plan.parts
+        ]
+        found = {name for name, job in jobs if job.result()}
+    others = {name: plan for name, plan in files.items() if name not in found}
+    return sorted(found | {name for name, plan in others.items() if differs_elsewhere(folder / name, plan, sums[name])})
 
 
 class _Meter:
@@ -193,13 +232,32 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _allow_open_files(count: int) -> None:
-    """Every planned file is open at once, beside those that are read: raise the soft limit where it is too low."""
+def _allow_open_files(files: dict[str, Plan]) -> None:
+    """Every planned file is open at once, and every file that is read: raise the soft limit where it is too low."""
+    contents = (part.content for plan in files.values() for part in plan.parts)
+    sources = {file for content in contents if not isinstance(content, bytes) for file in content.files}
+    count = len(files) + len(sources)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * count + 256
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise UserError(
+            f"{len(sources)} files to read and {len(files)} to write are open at once, but the limit is {hard}; raise "
+            "it (ulimit -Hn), or convert into fewer files"
+        )
+    needed = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _full(destination: Path) -> UserError:
+    return UserError(f"the disk is full; {destination} was not written, nothing was left behind")
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that something else lies in."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _umask() -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from converters.tensors import ITEM_SIZES, Flat, Tensor, contiguous_strides, reinterpret, stored
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -119,7 +119,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-class ForeignPickle(UserError):
+class ForeignPickle(CheckpointError):
     """A pickle names something that is not on the list."""
 
 
@@ -194,7 +194,7 @@ def load(
     """Return what the pickle `data` holds.
 
     `storage(key, dtype, count)` gives the flat tensor of a storage. Raises ForeignPickle, naming everything in `place`
-    that is not on the list, before anything of it is used; UserError if it is no pickle.
+    that is not on the list, before anything of it is used; CheckpointError if it is no pickle.
     """
     names = kept_names(allow)
     foreign: list[str] = []
@@ -225,18 +225,18 @@ def load(
 
         def persistent_load(self, pid: Any) -> Any:
             if storage is None or not (isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage"):
-                raise UserError(f"{place}: a pickle refers to something outside of it")
+                raise CheckpointError(f"{place}: a pickle refers to something outside of it")
             _, kind, key, _, count = pid
             return storage(str(key), kind, int(count))
 
     try:
         result = Unpickler(io.BytesIO(data)).load()
-    except UserError:
+    except CheckpointError:
         raise
     except Exception as error:
         if foreign:
             raise _refused(place, foreign) from None
-        raise UserError(f"{place} is damaged: its pickle cannot be read ({error})") from None
+        raise CheckpointError(f"{place} is damaged: its pickle cannot be read ({error})") from None
     if foreign:
         raise _refused(place, foreign)
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 from converters import aliases, arguments, layout, naming, torchfile
 from converters.tensors import Shape, Tensor
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
@@ -64,11 +64,11 @@ def sizes(ranks: Iterable[Key]) -> Key:
 
 
 def load(folder: Path, allow: Iterable[str]) -> dict[Key, Rank]:
-    """Every rank's file by (tensor, pipeline, expert). Raises UserError if one is missing or they disagree."""
+    """Every rank's file by (tensor, pipeline, expert). Raises CheckpointError if one is missing or they disagree."""
     names = folders(folder)
     width = max(map(len, names))
     if any(len(numbers) != width for numbers in names):
-        raise UserError(f"{folder} mixes rank folders of different layouts: {', '.join(sorted(names.values()))}")
+        raise CheckpointError(f"{folder} mixes rank folders of different layouts: {', '.join(sorted(names.values()))}")
     contents = {numbers: _content(folder / name / FILE, allow) for numbers, name in names.items()}
     first = contents[min(contents)]
     args = arguments.to_dict(first.get("args"))
@@ -87,10 +87,10 @@ def load(folder: Path, allow: Iterable[str]) -> dict[Key, Rank]:
     missing = [rank_name(key, needed) for key in product(*map(range, needed)) if key not in ranks]
     if missing:
         text = " x ".join(f"{n} {s}" for n, s in zip(("tensor", "pipeline", "expert"), needed, strict=True) if s > 1)
-        raise UserError(f"{folder} lacks {', '.join(missing[:8])} of a checkpoint that is {text} parallel")
+        raise CheckpointError(f"{folder} lacks {', '.join(missing[:8])} of a checkpoint that is {text} parallel")
     iterations = {rank.content.get("iteration") for rank in ranks.values()}
     if len(iterations) > 1:
-        raise UserError(f"{folder}: the ranks are of different iterations: {', '.join(map(str, iterations))}")
+        raise CheckpointError(f"{folder}: the ranks are of different iterations: {', '.join(map(str, iterations))}")
     return ranks
 
 
@@ -102,7 +102,7 @@ def rank_name(key: tuple[int, ...], sizes: tuple[int, ...]) -> str:
 
 
 def assemble(ranks: Mapping[Key, Rank]) -> Whole:
-    """Put the tensors of all ranks together. Raises UserError where two ranks disagree."""
+    """Put the tensors of all ranks together. Raises CheckpointError where two ranks disagree."""
     tensor, pipeline, expert = sizes(ranks)
     virtual = max(len(rank.chunks) for rank in ranks.values())
     result: dict[str, Tensor] = {}
@@ -113,7 +113,7 @@ def assemble(ranks: Mapping[Key, Rank]) -> Whole:
         stage, p = divmod(segment, pipeline)
         group = [ranks[t, p, e] for t in range(tensor) for e in range(expert)]
         if len({len(rank.chunks) for rank in group}) > 1 or stage >= len(group[0].chunks):
-            raise UserError(f"{group[0].path.parent.parent}: the ranks have different numbers of virtual stages")
+            raise CheckpointError(f"{group[0].path.parent.parent}: the ranks have different numbers of virtual stages")
         symbols = group[0].symbols[stage]
         segments.append(symbols.get("decoder", ""))
         stacks |= {stack: layers for stack, layers in symbols.items() if stack != "decoder"}
@@ -138,8 +138,8 @@ def _rank(key: Key, path: Path, content: dict[str, Any]) -> Rank:
         left_out |= {aliases.what(name) for name in every.keys() - weights.keys()}
         try:
             names, layers = aliases.canonical(weights)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
         chunks.append({names[name]: tensor for name, tensor in weights.items()})
         symbols.append(layers)
     return Rank(key, path, content, chunks, symbols, frozenset(left_out))
@@ -147,10 +147,10 @@ def _rank(key: Key, path: Path, content: dict[str, Any]) -> Rank:
 
 def _content(path: Path, allow: Iterable[str]) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path} is missing")
+        raise CheckpointError(f"{path} is missing")
     content = torchfile.load(path, allow)
     if not isinstance(content, dict) or not any(_MODEL.fullmatch(str(key)) for key in content):
-        raise UserError(f"{path} holds no 'model'; it is no checkpoint of Megatron")
+        raise CheckpointError(f"{path} holds no 'model'; it is no checkpoint of Megatron")
     return content
 
 
@@ -173,10 +173,10 @@ def _merge_stage(group: list[Rank], stage: int, experts: int) -> dict[str, Tenso
         first = group[rank.key[2]]
         reference = first.chunks[stage]
         for name in sorted(reference.keys() ^ tensors.keys()):
-            raise UserError(f"{rank.path} and {first.path} disagree: only one of them has {name}")
+            raise CheckpointError(f"{rank.path} and {first.path} disagree: only one of them has {name}")
         for name, tensor in tensors.items():
             if tensor.shape != reference[name].shape or tensor.dtype != reference[name].dtype:
-                raise UserError(
+                raise CheckpointError(
                     f"{rank.path} and {first.path} disagree: {name} is {list(tensor.shape)} {tensor.dtype} in one, "
                     f"{list(reference[name].shape)} {reference[name].dtype} in the other"
                 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from converters.tensors import Tensor, stored
 from converters.torchfile import Part, Plan
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 DTYPES = {
     "F64": "float64",
@@ -29,16 +29,16 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file, which still lie in it. Raises UserError if it is damaged."""
+    """Return the tensors of a safetensors file, which still lie in it. Raises CheckpointError if it is damaged."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated: it has {size} bytes, its header alone takes {length + 8}")
+            raise CheckpointError(f"{path} is truncated: it has {size} bytes, its header alone takes {length + 8}")
         try:
             header = dict(json.loads(file.read(length)))
         except (ValueError, TypeError):
-            raise UserError(f"{path} is no safetensors file, or its header is damaged") from None
+            raise CheckpointError(f"{path} is no safetensors file, or its header is damaged") from None
     tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -46,14 +46,16 @@ def load(path: Path) -> dict[str, Tensor]:
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: its header is damaged at the tensor {name}") from None
+            raise CheckpointError(f"{path}: its header is damaged at the tensor {name}") from None
         if dtype not in DTYPES:
-            raise UserError(f"{path}: {name} has the number format {dtype}, which is not read")
+            raise CheckpointError(f"{path}: {name} has the number format {dtype}, which is not read")
         tensor = stored(path, 8 + length + start, shape, DTYPES[dtype])
         if tensor.nbytes != end - start:
-            raise UserError(f"{path}: {name} of shape {shape} has {end - start} bytes, not {tensor.nbytes}")
+            raise CheckpointError(f"{path}: {name} of shape {shape} has {end - start} bytes, not {tensor.nbytes}")
         if 8 + length + end > size:
-            raise UserError(f"{path} is truncated: it has {size} bytes, {name} reaches to byte {8 + length + end}")
+            raise CheckpointError(
+                f"{path} is truncated: it has {size} bytes, {name} reaches to byte {8 + length + end}"
+            )
         tensors[name] = tensor
     return tensors
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from converters import torchfile
 from converters.tensors import ITEM_SIZES, Blob, Flat, Piece, Shape, Tensor, contiguous_strides
-from hybrid.errors import UserError
+from converters.torchfile import reading
+from hybrid.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,10 @@ _WORDS = {1: np.dtype("u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype
 
 
 class Reader:
-    """Opens each file once and reads from several threads. A context manager: leaving it closes the files."""
+    """Opens each file once and reads from several threads. A context manager: leaving it closes the files.
+
+    Reading raises CheckpointError for whatever the file system says of a file.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -49,7 +53,7 @@ class Reader:
     def blocks(self, tensor: Tensor | Flat, size: int = BLOCK_BYTES) -> Iterator[memoryview]:
         """The bytes of `tensor` in order (little endian, last dimension fastest), in blocks of at most `size` bytes.
 
-        A block is valid until the next one is asked for. Raises UserError if a file ends before the tensor does.
+        A block is valid until the next one is asked for. Raises CheckpointError if a file ends before the tensor does.
         """
         if isinstance(tensor, Flat):
             for part in tensor.parts:
@@ -111,7 +115,8 @@ class Reader:
     def _located(self, piece: Piece, blob: Blob) -> Piece:
         # Two threads may look up the same blob; they find the same.
         if blob not in self._elements:
-            self._elements[blob] = torchfile.elements(blob)
+            with reading(blob.path):
+                self._elements[blob] = torchfile.elements(blob)
         return replace(piece, source=blob.path, offset=self._elements[blob] + piece.offset)
 
     def _read(self, piece: Piece, target: memoryview) -> None:
@@ -119,13 +124,14 @@ class Reader:
         descriptor = self._descriptor(piece.source)
         done = 0
         while done < len(target):
-            count = os.preadv(descriptor, [target[done:]], piece.offset + done)
+            with reading(piece.source):
+                count = os.preadv(descriptor, [target[done:]], piece.offset + done)
             if count == 0:
                 raise _truncated(piece.source, piece.offset + len(target))
             done += count
 
     def _descriptor(self, path: Path) -> int:
-        with self._lock:
+        with self._lock, reading(path):
             if path not in self._descriptors:
                 self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
@@ -133,7 +139,7 @@ class Reader:
     def _map(self, piece: Piece) -> mmap.mmap:
         assert isinstance(piece.source, Path)
         descriptor = self._descriptor(piece.source)
-        with self._lock:
+        with self._lock, reading(piece.source):
             if piece.source not in self._maps:
                 self._maps[piece.source] = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
             view = self._maps[piece.source]
@@ -186,5 +192,5 @@ def _view(source: bytes | mmap.mmap, piece: Piece, item: int) -> np.ndarray:
     return np.ndarray(piece.shape, _WORDS[item], buffer=source, offset=piece.offset, strides=strides)
 
 
-def _truncated(path: Path, end: int) -> UserError:
-    return UserError(f"{path} is truncated: it has {path.stat().st_size} bytes, its tensors reach to byte {end}")
+def _truncated(path: Path, end: int) -> CheckpointError:
+    return CheckpointError(f"{path} is truncated: it has {path.stat().st_size} bytes, its tensors reach to byte {end}")

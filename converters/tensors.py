@@ -123,6 +123,11 @@ class Flat:
         return sum(part.size for part in self.parts)
 
     @property
+    def files(self) -> set[Path]:
+        """The files it is read from."""
+        return {file for part in self.parts for file in part.files}
+
+    @property
     def shape(self) -> Shape:
         """One dimension."""
         return (self.size,)

@@ -30,7 +30,7 @@ from converters.tensors import Blob, Tensor, cat, select, split, stack
 from converters.torchfile import Files, Plan, bytes_plan
 from hybrid import settings_file
 from hybrid.config import ModelConfig, Settings
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 HEAD = "metadata.json"
 COMMON = "common_state/shard_0_1"
@@ -56,13 +56,15 @@ def find(path: Path) -> Path | None:
 
 
 def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) -> Checkpoint:
-    """Open a distributed checkpoint. Raises UserError for missing, damaged or contradictory files, ConfigError for
-    settings that contradict the tensors."""
+    """Open a distributed checkpoint. Raises CheckpointError for missing, damaged or contradictory files, ConfigError
+    for settings that contradict the tensors."""
     folder = find(path)
     assert folder is not None
     head = _json(folder / HEAD) if (folder / HEAD).is_file() else {}
     if head.get("sharded_backend", "torch_dist") != "torch_dist":
-        raise UserError(f"{folder} is a distributed checkpoint of the kind '{head['sharded_backend']}', not torch_dist")
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint of the kind '{head['sharded_backend']}', not torch_dist"
+        )
     entries, objects = dcp.load(folder, allow)
     common = _common(folder, objects, allow)
     args = arguments.to_dict(common.get("args"))
@@ -186,7 +188,7 @@ def _optimizer(folder: Path, state: Mapping[str, Tensor], common: Mapping[str, A
     for name, tensor in state.items():
         match = _OPTIMIZER.match(name)
         if not match:
-            raise UserError(
+            raise CheckpointError(
                 f"{folder}: its optimizer state ({name}) is cut as the ranks held it, not by parameter; save it with "
                 "--dist-ckpt-optim-fully-reshardable, or convert without --optimizer"
             )
@@ -263,7 +265,7 @@ def _common(folder: Path, objects: Mapping[str, Blob], allow: Iterable[str]) -> 
     else:
         content = dcp.load_object(objects[COMMON], allow) if COMMON in objects else {}
     if not isinstance(content, dict):
-        raise UserError(f"{folder}: its common state is no dict")
+        raise CheckpointError(f"{folder}: its common state is no dict")
     return content
 
 
@@ -294,7 +296,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except ValueError:
-        raise UserError(f"{path} is damaged") from None
+        raise CheckpointError(f"{path} is damaged") from None
     return content if isinstance(content, dict) else {}
 
 

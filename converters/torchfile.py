@@ -9,7 +9,8 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,7 @@ from typing import IO, Any
 from converters import pickles
 from converters.pickles import STORAGES, StorageName
 from converters.tensors import ITEM_SIZES, Blob, Flat, Tensor, stored
-from hybrid.errors import UserError
+from hybrid.errors import CheckpointError
 
 ALIGNMENT = 64
 """Where the bytes of a storage begin, as torch does it, so that they can be mapped into memory."""
@@ -61,15 +62,24 @@ class _Window(io.RawIOBase):
         super().close()
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Say of a file, by default `path`, what the file system says while it is read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
+
+
 def load(path: Path, allow: Iterable[str] = (), start: int = 0, length: int | None = None) -> Any:
     """Return the objects of the file that torch.save wrote at `path` (or in `length` bytes of it from `start` on).
 
-    Its tensors are `Tensor`s that still lie in the file. Raises UserError if it is damaged, no such file, or of
+    Its tensors are `Tensor`s that still lie in the file. Raises CheckpointError if it is damaged, no such file, or of
     before torch 1.6; `pickles.ForeignPickle` if it names what is not on the list of `converters.pickles`.
     """
     size = path.stat().st_size - start if length is None else length
     if start + size > path.stat().st_size:
-        raise UserError(f"{path} is truncated: it has {path.stat().st_size} bytes, {start + size} are needed")
+        raise CheckpointError(f"{path} is truncated: it has {path.stat().st_size} bytes, {start + size} are needed")
     with io.BufferedReader(_Window(path, start, size)) as file:
         try:
             archive = zipfile.ZipFile(file)
@@ -80,7 +90,7 @@ def load(path: Path, allow: Iterable[str] = (), start: int = 0, length: int | No
 
             def place(info: zipfile.ZipInfo) -> int:
                 if info.compress_type != zipfile.ZIP_STORED:
-                    raise UserError(f"{path}: {info.filename} is compressed, which torch.save does not do")
+                    raise CheckpointError(f"{path}: {info.filename} is compressed, which torch.save does not do")
                 file.seek(info.header_offset + 26)
                 name_length, extra_length = struct.unpack("<HH", file.read(4))
                 return info.header_offset + 30 + name_length + extra_length
@@ -91,9 +101,9 @@ def load(path: Path, allow: Iterable[str] = (), start: int = 0, length: int | No
                 return file.read(info.file_size)
 
             if "data.pkl" not in records:
-                raise UserError(f"{path} is a zip file, but torch.save did not write it: it has no data.pkl")
+                raise CheckpointError(f"{path} is a zip file, but torch.save did not write it: it has no data.pkl")
             if "byteorder" in records and content(records["byteorder"]) != b"little":
-                raise UserError(f"{path} was written on a big-endian machine, whose number formats are not read")
+                raise CheckpointError(f"{path} was written on a big-endian machine, whose number formats are not read")
 
             def storage(key: str, dtype: str, count: int) -> Tensor:
                 info = records[f"data/{key}"]
@@ -106,24 +116,24 @@ def load(path: Path, allow: Iterable[str] = (), start: int = 0, length: int | No
 
 
 def elements(blob: Blob) -> int:
-    """The byte of the blob's file at which its tensor's elements begin. Raises UserError if it holds anything else."""
+    """The byte of the blob's file at which its tensor's elements begin. CheckpointError if it is anything else."""
     content = load(blob.path, (), blob.start, blob.length)
     if not isinstance(content, Tensor) or len(content.pieces) != 1 or not content.pieces[0].contiguous:
-        raise UserError(f"{blob.path}: the {blob.length} bytes from {blob.start} on are no contiguous tensor")
+        raise CheckpointError(f"{blob.path}: the {blob.length} bytes from {blob.start} on are no contiguous tensor")
     return content.pieces[0].offset
 
 
-def _no_archive(path: Path, file: IO[bytes]) -> UserError:
+def _no_archive(path: Path, file: IO[bytes]) -> CheckpointError:
     file.seek(0)
     head = file.read(4)
     if head.startswith(b"PK"):
-        return UserError(f"{path} is truncated: the index at its end is missing")
+        return CheckpointError(f"{path} is truncated: the index at its end is missing")
     if head.startswith(b"\x80\x02\x8a\x0a"):
-        return UserError(
+        return CheckpointError(
             f"{path} is of torch before 1.6, which is not read; load it with torch and save it again: "
             "torch.save(torch.load(PATH), NEW)"
         )
-    return UserError(f"{path} is not a file of torch.save")
+    return CheckpointError(f"{path} is not a file of torch.save")
 
 
 @dataclass(frozen=True)

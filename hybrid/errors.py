@@ -43,6 +43,12 @@ class ConfigError(UserError):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
+class CheckpointError(UserError):
+    """Files of a checkpoint that are missing, damaged, or hold what is not read."""
+
+    exit_code = 2
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return '; did you mean X?' if one of `valid` is near to `name`, else ''."""
     found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)

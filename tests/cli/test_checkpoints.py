@@ -1,6 +1,7 @@
 """`inspect` and `convert`: facts on stdout, one sentence per mistake on stderr."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def test_diff_tells_by_its_exit_code(hybrid: Hybrid, checkpoint: Path, tmp_path:
     [
         (["inspect", "nothing-here"], 2, "nothing-here: is neither a run nor a checkpoint folder"),
         (["convert", "{}", "{}/out"], 2, "lies in the source"),
+        (["convert", "{}", "{}"], 2, "exists already; name another destination, or remove it"),
+        (["convert", "{}", "{}/latest_checkpointed_iteration.txt/out"], 2, "lies in the source"),
         (
             ["convert", "{}", "{}-out", "--to", "onnx"],
             2,
@@ -118,12 +121,26 @@ def test_mistakes(hybrid: Hybrid, checkpoint: Path, arguments: list[str], code: 
     assert message in err and "Traceback" not in err
 
 
-def test_no_torch_is_imported_to_inspect(checkpoint: Path) -> None:
+def test_files_that_are_missing_or_damaged_are_a_wrong_argument(hybrid: Hybrid, checkpoint: Path) -> None:
+    file = checkpoint / "release/mp_rank_00/model_optim_rng.pt"
+    os.truncate(file, file.stat().st_size - 100)
+    for verb in (["inspect", str(checkpoint)], ["convert", str(checkpoint), f"{checkpoint}-out"]):
+        code, out, err = hybrid(*verb)
+        assert (code, out) == (2, "") and "model_optim_rng.pt is truncated" in err
+    file.unlink()
+    code, out, err = hybrid("inspect", str(checkpoint))
+    assert (code, out) == (2, "") and "model_optim_rng.pt is missing" in err
+
+
+@pytest.mark.parametrize(("verb", "code"), [(["inspect", "{}"], 0), (["convert", "{}", "{}"], 2)])
+def test_no_torch_is_imported_to_inspect_or_to_refuse(checkpoint: Path, verb: list[str], code: int) -> None:
     program = (
-        "import sys; from cli import main; main.app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+        "import atexit, sys; from cli import main; "
+        "atexit.register(lambda: print('torch' in sys.modules)); main.run(sys.argv[1:])"
     )
-    command = [sys.executable, "-c", program, "inspect", str(checkpoint)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("False\n")
+    command = [sys.executable, "-c", program, *(word.format(checkpoint) for word in verb)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("False\n") and done.returncode == code
 
 
 def test_progress_has_speed_and_time_left() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from converters import convert, output, safefile
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import CheckpointError, ConfigError, UserError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
 Error = (UserError, ConfigError)
@@ -167,9 +167,66 @@ def test_the_destination_exists(sharded: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     convert.convert(sharded, tmp_path / "out", "megatron")  # an empty folder is taken
     before = sorted((tmp_path / "out").rglob("*"))
-    with pytest.raises(UserError, match="exists already"):
-        convert.convert(sharded, tmp_path / "out", "hf")
+    with pytest.raises(ConfigError, match="exists already"):
+        convert.convert(tmp_path / "nothing", tmp_path / "out", "hf")  # said before the source is looked at
     assert sorted((tmp_path / "out").rglob("*")) == before
+
+
+def test_a_destination_that_cannot_be_made(sharded: Path, tmp_path: Path) -> None:
+    """The folders above it that were made for it are gone again."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/out cannot be written: Not a directory; name another destination"):
+        convert.convert(sharded, tmp_path / "file/out", "megatron")
+    long = "x" * 250  # with what is added to it while it is written, longer than a name may be
+    with pytest.raises(ConfigError, match=r"cannot be written: File name too long"):
+        convert.convert(sharded, tmp_path / "some/where" / long, "megatron")
+    assert not (tmp_path / "some").exists()
+
+
+def test_folders_made_for_a_destination_do_not_stay_without_it(sharded: Path, tmp_path: Path) -> None:
+    def interrupt(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(sharded, tmp_path / "there/some/where/out", "megatron", report=interrupt)
+    assert list((tmp_path / "there").iterdir()) == []
+    convert.convert(sharded, tmp_path / "there/some/where/out", "megatron")
+
+
+def test_a_source_that_cannot_be_read_is_named_and_not_the_destination(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    (tmp_path / "a/tokenizer.model").write_text("")
+    opened = convert.open_checkpoint(tmp_path / "a")
+    (tmp_path / "a/tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match=r"a/tokenizer.model cannot be read: No such file or directory"):
+        convert.convert(opened, tmp_path / "out", "torch_dist")
+
+    def preadv(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(CheckpointError, match=r"a/model.safetensors cannot be read: Input/output error"):
+        convert.convert(tmp_path / "a", tmp_path / "out", "torch_dist")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_files_that_are_read_count_towards_those_open_at_once(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four ranks are read; the tracker and one rank are written."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(output.resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(output.resource, "getrlimit", lambda _: (0, 1000))
+    convert.convert(sharded, tmp_path / "out", "megatron")
+    assert asked == [(4 + 2 + output._OTHER_FILES, 1000)]
+    monkeypatch.setattr(output.resource, "getrlimit", lambda _: (0, 5))
+    with pytest.raises(
+        UserError, match="4 files to read and 2 to write are open at once, but the limit is 5; raise it"
+    ):
+        convert.convert(sharded, tmp_path / "other", "megatron")
 
 
 def test_a_disk_that_is_too_small(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,6 +276,22 @@ def test_verify_finds_what_did_not_reach_the_disk(
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(UserError, match=r"model_optim_rng.pt read back differently than written; .* was not kept"):
         convert.convert(sharded, tmp_path / "out", "megatron", verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+def test_verify_finds_what_is_written_last(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """The headers and the index of an archive, without which torch reads nothing of it."""
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: bytes, offset: int) -> int:
+        return real(descriptor, bytes(len(data)) if bytes(data[:4]) == b"PK\x01\x02" else data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(UserError, match=r"read back differently than written; .* was not kept"):
+        convert.convert(sharded, tmp_path / "out", to, verify=True)
     assert not (tmp_path / "out").exists()
 
 
