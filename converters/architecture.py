@@ -189,9 +189,11 @@ def _activation(rows: int, width: int, known: Mapping[str, Any], assumed: list[s
 
 def _vocabulary(rows: int, known: Mapping[str, Any]) -> dict[str, int]:
     """The true vocabulary, if it is known, and a multiple that pads it to the rows there are."""
-    size = known.get("vocab_size")
-    if size is None or size > rows:
-        size = rows
+    size = known.get("vocab_size") or rows
+    if size > rows:
+        raise ConfigError(
+            Problem("model.vocab_size", f"is said to be {size}, but the embedding has {rows} rows; say what is true")
+        )
     asked = known.get("vocab_size_multiple")
     # The largest power of two that explains the padding: Megatron pads to 128 x tensor parallel size.
     for multiple in (asked, *(2**power for power in range(14, -1, -1)), rows):

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 FORMATS: dict[str, ModuleType] = {"torch_dist": torch_dist, "megatron": megatron, "hf": hf}
 
+# Of two number formats the one with the larger number holds larger values.
+_REACH = {"float64": 3, "float32": 2, "bfloat16": 2, "float16": 1}
+_BFLOAT16_END = 3.38e38
+
 
 @dataclass(frozen=True)
 class Result:
@@ -151,9 +155,10 @@ def as_torch_dist(
 
 def torch_dist_folder(checkpoint: Checkpoint, cache: str | Path, vocabulary: tuple[int, int] | None = None) -> Path:
     """Where `as_torch_dist` converts a checkpoint to; other files, settings or rows give another folder."""
-    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files}
+    files = {file for tensor in checkpoint.tensors.values() for file in tensor.files} | set(checkpoint.companions)
     stated = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    mark = hashlib.sha256(repr((stated, checkpoint.model, vocabulary)).encode()).hexdigest()[:12]
+    whole = (stated, checkpoint.model, checkpoint.hf_config, vocabulary)
+    mark = hashlib.sha256(repr(whole).encode()).hexdigest()[:12]
     return Path(cache) / f"{checkpoint.path.resolve().name}-{mark}"
 
 
@@ -203,6 +208,8 @@ def convert(
             fused_norms=fused_norms,
             optimizer=optimizer,
         )
+    if dtype is not None:
+        _refuse_overflow(_without_mtp(checkpoint) if drop_mtp else checkpoint, dtype)
     total = output.total_bytes(files)
     last: list[Progress] = []
 
@@ -248,6 +255,10 @@ def planned(
     state = _optimizer(checkpoint, to) if optimizer else None
     if drop_mtp:
         checkpoint = _without_mtp(checkpoint)
+    if state is not None and dtype == "float32":
+        # They are the weights themselves then, which have no copy in float32 beside them.
+        originals = {name: t for name, t in state.slots["fp32_param"].items() if name in checkpoint.tensors}
+        checkpoint = replace(checkpoint, tensors=checkpoint.tensors | originals)
     checkpoint = _with_dtype(checkpoint, dtype)
     if to == "hf" and checkpoint.unexpressed:
         raise ConfigError(
@@ -338,14 +349,32 @@ def _with_dtype(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         return checkpoint
     if dtype not in FLOATS:
         raise ConfigError(Problem("--dtype", f"is '{dtype}', which is not one of {', '.join(FLOATS)}"))
+    changed = {
+        name: tensor if _stays(name, tensor, dtype) else cast(tensor, dtype)
+        for name, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=changed)
 
-    def changed(name: str, tensor: Tensor) -> Tensor:
-        keep = tensor.dtype not in FLOATS or (
-            tensor.dtype == "float32" and dtype in ("bfloat16", "float16") and naming.FLOAT32.search(name)
-        )
-        return tensor if keep else cast(tensor, dtype)
 
-    return replace(checkpoint, tensors={name: changed(name, tensor) for name, tensor in checkpoint.tensors.items()})
+def _stays(name: str, tensor: Tensor, dtype: str) -> bool:
+    """Whether a tensor keeps its number format where another one is asked for."""
+    small = dtype in ("bfloat16", "float16")
+    return tensor.dtype not in FLOATS or bool(tensor.dtype == "float32" and small and naming.FLOAT32.search(name))
+
+
+def _refuse_overflow(checkpoint: Checkpoint, dtype: str) -> None:
+    """Raise ConfigError if a value would become infinite; only formats that reach further are read."""
+    import torch
+
+    with Reader() as reader:
+        for name, tensor in checkpoint.tensors.items():
+            if _stays(name, tensor, dtype) or _REACH[tensor.dtype] <= _REACH[dtype]:
+                continue
+            largest = reader.largest(tensor)
+            if torch.tensor(largest, dtype=torch.float64).to(getattr(torch, dtype)).isinf():
+                way_out = "write bfloat16" if dtype == "float16" and largest < _BFLOAT16_END else "leave it out"
+                said = f"is {dtype}, in which {name} would become infinite: it has values of up to {largest:.5g}"
+                raise ConfigError(Problem("--dtype", f"{said}; {way_out}"))
 
 
 def _without_mtp(checkpoint: Checkpoint) -> Checkpoint:

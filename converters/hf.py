@@ -26,7 +26,7 @@ def find(path: Path) -> Path | None:
     """The folder with config.json and weights that `path` means, or None if it is no such folder."""
     if path.is_file() and (path.suffix == ".safetensors" or path.name in (CONFIG, "pytorch_model.bin")):
         path = path.parent
-    return path if (path / CONFIG).is_file() and _weight_files(path) else None
+    return path if (path / CONFIG).is_file() and _weight_files(path)[1] else None
 
 
 def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) -> Checkpoint:
@@ -221,21 +221,37 @@ def _cut(name: str, tensor: Tensor, count: int, model: ModelConfig) -> list[Tens
 
 def _tensors(folder: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     """All tensors of the folder, under the prefix that files have on disk, with experts apart."""
-    raw: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        raw |= safefile.load(path) if path.suffix == ".safetensors" else _pickled(path, allow)
     result: dict[str, Tensor] = {}
-    for name, tensor in raw.items():
+    for stored, tensor in _stored(folder, allow).items():
         # transformers 5 calls NemotronH's stack `model.` in memory and may save it so.
-        name = re.sub(r"^model\.(?=embeddings\.|norm_f\.|layers\.\d+\.(mixer|norm)\.)", "backbone.", name)
+        name = re.sub(r"^model\.(?=embeddings\.|norm_f\.|layers\.\d+\.(mixer|norm)\.)", "backbone.", stored)
+        found = {name: tensor}
         if re.search(r"\.experts\.(up|down)_proj$", name):
             stem, projection = name.rsplit(".", 1)
-            for expert in range(tensor.shape[0]):
-                result[f"{stem}.{expert}.{projection}.weight"] = select(tensor, expert)
-        else:
-            result[name] = tensor
+            found = {f"{stem}.{j}.{projection}.weight": select(tensor, j) for j in range(tensor.shape[0])}
+        if twice := sorted(found.keys() & result.keys()):
+            raise CheckpointError(f"{folder}: {stored} is a second name of {twice[0]}, which is there, too")
+        result |= found
+    return result
+
+
+def _stored(folder: Path, allow: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of the files by the names they have there, each from the file that an index names for it."""
+    index, files = _weight_files(folder)
+    result: dict[str, Tensor] = {}
+    origin: dict[str, Path] = {}
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        found = safefile.load(path) if path.suffix == ".safetensors" else _pickled(path, allow)
+        if lacking := sorted(name for name, file in index.items() if file == path.name and name not in found):
+            raise CheckpointError(f"{path} lacks {lacking[0]}, which the index says lies in it")
+        for name, tensor in found.items():
+            if index.get(name, path.name) != path.name:
+                continue
+            if name in result:
+                raise CheckpointError(f"{origin[name]} and {path} both hold {name}, and no index says which one counts")
+            result[name], origin[name] = tensor, path
     return result
 
 
@@ -248,22 +264,23 @@ def _pickled(path: Path, allow: Iterable[str]) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights: those an index names, or the one there is."""
+def _weight_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
+    """What an index says, file by tensor, and the files that hold the weights: those it names, or those there are."""
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                where = json.loads(index.read_text())["weight_map"]
+                names = sorted(set(where.values()))
                 outside = [entry for entry in names if Path(entry).name != entry]
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise CheckpointError(f"{index} is damaged: it does not name a file for each tensor") from None
             if outside:
                 raise CheckpointError(f"{index} names files outside of its folder")
-            return [folder / entry for entry in names]
+            return where, [folder / entry for entry in names]
         if (folder / name).is_file():
-            return [folder / name]
-    return sorted(folder.glob("*.safetensors"))
+            return {}, [folder / name]
+    return {}, sorted(folder.glob("*.safetensors"))
 
 
 def _config(folder: Path) -> dict[str, Any]:

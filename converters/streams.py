@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -79,11 +80,19 @@ class Reader:
 
     def tensor(self, tensor: Tensor) -> "torch.Tensor":
         """The whole tensor as torch's."""
-        import torch
+        return _values(self.array(tensor), tensor.dtype)
 
-        words = self.array(tensor)
-        signed = torch.from_numpy(words.view(words.dtype.str.replace("u", "i")))
-        return signed.view(getattr(torch, tensor.dtype))
+    def largest(self, tensor: Tensor) -> float:
+        """The largest magnitude among the finite values of a tensor of floats; 0 if there are none."""
+        result = 0.0
+        for part in boxes(tensor.shape, BLOCK_BYTES // ITEM_SIZES[tensor.dtype]):
+            values = _values(self.box(tensor, *part), tensor.dtype)
+            low, high = (float(end) for end in values.aminmax())
+            if not (isfinite(low) and isfinite(high)):
+                finite = values[values.isfinite()]
+                low, high = (float(end) for end in finite.aminmax()) if len(finite) else (0.0, 0.0)
+            result = max(result, -low, high)
+        return result
 
     def _fill(self, out: np.ndarray, tensor: Tensor, start: Shape, shape: Shape) -> None:
         for piece in tensor.pieces:
@@ -180,11 +189,17 @@ def converted(words: np.ndarray, source: str, target: str) -> np.ndarray:
     """Change number formats as torch does (round to nearest even); arrays hold the elements as unsigned words."""
     import torch
 
-    signed = words.view(words.dtype.str.replace("u", "i"))
-    values = torch.from_numpy(signed).view(getattr(torch, source)).to(getattr(torch, target))
+    values = _values(words, source).to(getattr(torch, target))
     size = ITEM_SIZES[target]
     signless = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     return values.view(signless).numpy().view(_WORDS[size])
+
+
+def _values(words: np.ndarray, dtype: str) -> "torch.Tensor":
+    """The numbers of a format whose elements are given as unsigned words."""
+    import torch
+
+    return torch.from_numpy(words.view(words.dtype.str.replace("u", "i"))).view(getattr(torch, dtype))
 
 
 def _view(source: bytes | mmap.mmap, piece: Piece, item: int) -> np.ndarray:

@@ -101,6 +101,37 @@ def test_a_shape_that_contradicts_the_arguments(
         convert.open_checkpoint(source)
 
 
+def test_a_vocabulary_larger_than_the_embedding_is_not_cut_in_silence(saved: Saved) -> None:
+    source, _ = saved("hybrid")
+    assert convert.open_checkpoint(source, {"vocab_size": 256}).model.vocab_size == 256
+    with pytest.raises(ConfigError, match=r"model.vocab_size: is said to be 257, but the embedding has 256 rows"):
+        convert.open_checkpoint(source, {"vocab_size": 257})
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf")])
+def test_a_value_that_float16_does_not_reach(
+    tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any, strange: float
+) -> None:
+    """65504 is the largest value of float16, to which all below 65520 are rounded. What is infinite may stay so."""
+    model = make_model("hybrid")
+    weights = make_weights(model, dtype=torch.float32)
+    name = "decoder.layers.1.mlp.linear_fc1.weight"
+    weights[name][0, 0] = strange
+    for value, rounded in ((65519.0, 65504.0), (-65520.0, None)):
+        weights[name][1, 1] = value
+        out = tmp_path / f"out{value}"
+        source = make_legacy(tmp_path / f"source{value}", model, weights)
+        if rounded is None:
+            said = rf"--dtype: is float16, in which {name} would become infinite: .* up to 65520; write bfloat16"
+            with pytest.raises(ConfigError, match=said):
+                convert.convert(source, out, "hf", dtype="float16", verify=True)
+            assert not out.exists()
+            convert.convert(source, out, "hf", dtype="bfloat16")
+        else:
+            convert.convert(source, out, "hf", dtype="float16", verify=True)
+            assert dict(convert.stream(out))[name][1, 1] == rounded
+
+
 def test_arguments_that_say_nothing(tmp_path: Path, make_model: Any, make_weights: Any, make_legacy: Any) -> None:
     """Shapes tell the most; what they leave open is assumed, said to be, and can be stated."""
     model = make_model("hybrid", mamba_state_dim=128, hidden_size=64)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from converters import convert, hf, naming, summary
 from hybrid.data import bytelevel
-from hybrid.errors import ConfigError
+from hybrid.errors import CheckpointError, ConfigError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
 VOCABULARY = 130
@@ -185,6 +185,41 @@ def test_large_models_are_cut_into_shards_with_an_index(
     )
     assert dict(convert.stream(tmp_path / "a")).keys() == weights.keys()
     load_strictly("nemotron_h", tmp_path / "a")
+
+
+def test_a_tensor_counts_where_the_index_says_it_lies(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may hold a stale copy of what another one holds. Without an index nothing says which one is stale."""
+    monkeypatch.setattr(hf, "SHARD_BYTES", 20_000)
+    source, weights = saved("hybrid")
+    convert.convert(source, tmp_path / "a", "hf")
+    path = tmp_path / "a/model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    name = "backbone.layers.0.mixer.D"
+    other = tmp_path / "a" / max(index["weight_map"].values())
+    assert index["weight_map"][name] != other.name
+    save_file({**load_file(other), name: torch.zeros(16)}, other)
+    found = dict(convert.stream(tmp_path / "a"))
+    assert torch.equal(found["decoder.layers.0.mixer.D"], weights["decoder.layers.0.mixer.D"])
+
+    path.write_text(json.dumps({"weight_map": {**index["weight_map"], "more": other.name}}))
+    with pytest.raises(CheckpointError, match=rf"{other.name} lacks more, which the index says lies in it"):
+        convert.open_checkpoint(tmp_path / "a")
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{other.name} both hold {name}, and no index says which one counts"):
+        convert.open_checkpoint(tmp_path / "a")
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path: Path) -> None:
+    hf_model("nemotron_h").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    prefix = "model." if "model.layers.0.mixer.D" in tensors else "backbone."
+    other = "backbone." if prefix == "model." else "model."
+    save_file({**tensors, f"{other}layers.0.mixer.D": torch.zeros(6)}, path)
+    with pytest.raises(CheckpointError, match=r"layers.0.mixer.D is a second name of backbone.layers.0.mixer.D"):
+        convert.open_checkpoint(tmp_path)
 
 
 def test_tied_embeddings(saved: Saved, tmp_path: Path) -> None:

@@ -180,6 +180,27 @@ def test_state_follows_its_parameter_through_layouts(
             assert torch.equal(state[slot], expected[name][slot]), (name, slot)
 
 
+@pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
+@pytest.mark.parametrize("to", ["megatron", "torch_dist"])
+def test_weights_in_float32_are_the_originals_that_the_optimizer_has(
+    tmp_path: Path, trained: Callable[..., Any], make_model: Any, distributed: bool, to: str
+) -> None:
+    """What the 16 bits of the model have lost is not lost: a model in float32 has no other copy of its weights."""
+    from converters.megatron import live_name
+
+    settings = run_settings(make_model("hybrid"), distributed)
+    training = trained(settings)
+    training.optimizer.step()  # the first one had a learning rate of zero
+    expected = main_state(training)
+    assert any(not torch.equal(state["fp32_param"], state["fp32_param"].bfloat16()) for state in expected.values())
+    source = save_legacy(tmp_path / "source", training, settings)
+    convert.convert(source, tmp_path / "a", to, optimizer=True, dtype="float32", verify=True)
+    compare(slots_of(tmp_path / "a"), expected, settings.model)
+    for name, tensor in convert.stream(tmp_path / "a"):
+        original = expected[live_name(name, settings.model, fused_norms=False)]["fp32_param"]
+        assert torch.equal(tensor[: len(original)], original), name
+
+
 def test_a_checkpoint_of_ours_keeps_its_optimizer(tmp_path: Path, trained: Callable[..., Any], make_model: Any) -> None:
     """What training saves (torch_dist) -> legacy over 2 ranks -> torch_dist, which training can take up."""
     from hybrid.training import checkpoint

@@ -1,5 +1,6 @@
 """Distributed checkpoints against megatron-core's own loader and saver, in one process and over several ranks."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,15 @@ def test_any_checkpoint_as_what_training_loads(saved: Saved, tmp_path: Path) -> 
     before = found.stat().st_mtime_ns
     assert convert.as_torch_dist(tmp_path / "a", tmp_path / "cache") == found and found.stat().st_mtime_ns == before
     assert convert.as_torch_dist(found, tmp_path / "cache") == found
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_what_goes_along_is_converted_again_when_it_has_changed(saved: Saved, tmp_path: Path, name: str) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "hf")
+    before = convert.as_torch_dist(tmp_path / "a", tmp_path / "cache")
+    changed = json.loads((tmp_path / "a" / name).read_text()) | {"eos_token_id": 17}
+    (tmp_path / "a" / name).write_text(json.dumps(changed))
+    after = convert.as_torch_dist(tmp_path / "a", tmp_path / "cache")
+    assert after != before
+    kept = "hf_config.json" if name == "config.json" else name
+    assert json.loads((after / kept).read_text()) == changed
