@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json, safetensors (or pytorch_model.bin), tokenizer files."""
+"""Hugging Face folders: config.json, safetensors (or pytorch_model.bin), tokenizer files; and state-spaces/mamba's."""
 
 import json
 import re
@@ -19,12 +19,13 @@ CONFIG = "config.json"
 SHARD_BYTES = 5_000_000_000
 """Largest safetensors file, as transformers' save_pretrained has it."""
 
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_PICKLE = "pytorch_model.bin"  # the only file that mamba-ssm loads
+_WEIGHTS = ("model.safetensors", _PICKLE)
 
 
 def find(path: Path) -> Path | None:
     """The folder with config.json and weights that `path` means, or None if it is no such folder."""
-    if path.is_file() and (path.suffix == ".safetensors" or path.name in (CONFIG, "pytorch_model.bin")):
+    if path.is_file() and (path.suffix == ".safetensors" or path.name in (CONFIG, _PICKLE)):
         path = path.parent
     return path if (path / CONFIG).is_file() and _weight_files(path)[1] else None
 
@@ -69,13 +70,14 @@ def plan(source: Checkpoint, family: str | None = None) -> Files:
     for canonical, tensor in source.tensors.items():
         names = FAMILIES[name].names(canonical, model)
         tensors |= zip(names, _cut(canonical, tensor, len(names), model), strict=True)
-    if model.tie_embeddings and name == "nemotron_h":
-        # transformers' NemotronH does not tie weights by itself, so both are written; the config says they are one.
+    if model.tie_embeddings and name in ("nemotron_h", "state_spaces"):
+        # transformers' NemotronH does not tie weights by itself, and mamba-ssm loads what it ties under both names, so
+        # both are written; the config says they are one.
         tensors["lm_head.weight"] = source.tensors[naming.EMBEDDING]
     config = FAMILIES[name].config(model, _end_of_text(source.companions) | source.hf_config)
     if name != "state_spaces":
         config |= {"torch_dtype": _dtype(tensors), "dtype": _dtype(tensors)}
-    files = _shards(tensors)
+    files = {_PICKLE: torchfile.plan(tensors)} if name == "state_spaces" else _shards(tensors)
     files[CONFIG] = _json(config)
     for companion in source.companions:
         files[companion.name] = bytes_plan(companion.read_bytes())

@@ -155,12 +155,9 @@ def test_state_spaces_layout(saved: Saved, tmp_path: Path, version: int) -> None
     convert.convert(source, tmp_path / "a", "hf", family="state_spaces")
     config = json.loads((tmp_path / "a/config.json").read_text())
     assert config["ssm_cfg"]["layer"] == f"Mamba{version}" and config["n_layer"] == 4 and "model_type" not in config
-    names = load_file(tmp_path / "a/model.safetensors")
-    assert "backbone.embedding.weight" in names and "backbone.layers.3.norm.weight" in names
-    # As published: pytorch_model.bin, a config of few words, the output layer stored although it is tied.
+    # As published: a config of few words.
     (tmp_path / "b").mkdir()
-    state = {**names, "lm_head.weight": names["backbone.embedding.weight"]}
-    torch.save(state, tmp_path / "b/pytorch_model.bin")
+    (tmp_path / "b/pytorch_model.bin").symlink_to(tmp_path / "a/pytorch_model.bin")
     few = {"d_model": 32, "n_layer": 4, "vocab_size": 250, "rms_norm": True, "tie_embeddings": True}
     ssm = {} if version == 1 else {"layer": "Mamba2", "d_state": 4, "ngroups": 8}
     (tmp_path / "b/config.json").write_text(json.dumps(few | {"ssm_cfg": ssm, "pad_vocab_size_multiple": 8}))
@@ -169,6 +166,59 @@ def test_state_spaces_layout(saved: Saved, tmp_path: Path, version: int) -> None
     back = dict(convert.stream(opened))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name][:250], weights[name][:250]) for name in weights)
+
+
+def state_of_mamba_ssm(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state_dict of mamba-ssm's MambaLMHeadModel(MambaConfig(**config)), as of its 2.3.2."""
+    width, ssm = config["d_model"], config["ssm_cfg"]
+    inner, state, kernel = ssm["expand"] * width, ssm["d_state"], ssm["d_conv"]
+    multiple = config["pad_vocab_size_multiple"]
+    rows = -(-config["vocab_size"] // multiple) * multiple
+    if ssm["layer"] == "Mamba1":
+        rank = ssm["dt_rank"]
+        mixer = {
+            "A_log": (inner, state), "D": (inner,), "in_proj.weight": (2 * inner, width),
+            "conv1d.weight": (inner, 1, kernel), "conv1d.bias": (inner,), "x_proj.weight": (rank + 2 * state, inner),
+            "dt_proj.weight": (inner, rank), "dt_proj.bias": (inner,), "out_proj.weight": (width, inner),
+        }  # fmt: skip
+    else:
+        heads, both = inner // ssm["headdim"], 2 * ssm["ngroups"] * state
+        mixer = {
+            "A_log": (heads,), "D": (heads,), "dt_bias": (heads,), "in_proj.weight": (2 * inner + both + heads, width),
+            "conv1d.weight": (inner + both, 1, kernel), "conv1d.bias": (inner + both,), "norm.weight": (inner,),
+            "out_proj.weight": (width, inner),
+        }  # fmt: skip
+    norm = {"weight": (width,)} | ({} if config["rms_norm"] else {"bias": (width,)})
+    layer = {f"mixer.{name}": shape for name, shape in mixer.items()}
+    layer |= {f"norm.{name}": shape for name, shape in norm.items()}
+    layers = range(config["n_layer"])
+    return {
+        "backbone.embedding.weight": (rows, width),
+        **{f"backbone.layers.{index}.{name}": shape for index in layers for name, shape in layer.items()},
+        **{f"backbone.norm_f.{name}": shape for name, shape in norm.items()},
+        "lm_head.weight": (rows, width),  # tied or not
+    }
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize(
+    "changes", [{"tie_embeddings": True}, {"normalization": "LayerNorm"}], ids=["tied", "layernorm"]
+)
+def test_mamba_ssm_loads_what_is_written_for_it(
+    saved: Saved, tmp_path: Path, kind: str, changes: dict[str, Any]
+) -> None:
+    """`MambaLMHeadModel.from_pretrained` does torch.load of pytorch_model.bin, and load_state_dict, strictly."""
+    source, weights = saved(kind, **changes)
+    convert.convert(source, tmp_path / "a", "hf", family="state_spaces", verify=True)
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    state = torch.load(tmp_path / "a/pytorch_model.bin", map_location=None)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == state_of_mamba_ssm(config)
+    output = state["lm_head.weight"]
+    assert torch.equal(output, weights[naming.EMBEDDING if config["tie_embeddings"] else naming.OUTPUT][:250])
+    shared = output.data_ptr() == state["backbone.embedding.weight"].data_ptr()  # which a file holds once
+    assert shared == config["tie_embeddings"]
+    opened = convert.open_checkpoint(tmp_path / "a")
+    assert opened.model.tie_embeddings == config["tie_embeddings"] and not (opened.missing or opened.unknown)
 
 
 def test_large_models_are_cut_into_shards_with_an_index(
