@@ -50,6 +50,12 @@ def parameters(chunks: Iterable[Mapping[str, Tensor]]) -> list[Parameter]:
     ]
 
 
+def _of_optimizers(chunks: Iterable[Mapping[str, Tensor]], apart: bool) -> list[list[Parameter]]:
+    """The parameters of each optimizer of a rank: there is one for all, or experts have one `apart`."""
+    every = parameters(chunks)
+    return [[p for p in every if _is_expert(p.name) == expert] for expert in (False, True)] if apart else [every]
+
+
 def read_rank(
     chunks: list[dict[str, Tensor]], content: Any, buffers: Any, args: Mapping[str, Any], rank: tuple[int, int, int]
 ) -> list[dict[str, dict[str, Tensor]]]:
@@ -58,10 +64,8 @@ def read_rank(
     `chunks` are the weights, `content` is the file's `optimizer`, `buffers` that of DISTRIBUTED_FILE or None, `rank`
     (tensor, pipeline, expert). Raises CheckpointError if they do not fit together.
     """
-    every = parameters(chunks)
-    of_expert = [[p for p in every if _is_expert(p.name) == flag] for flag in (False, True)]
     optimizers = content if isinstance(content, list) else [content]
-    sets = [every] if len(optimizers) == 1 else of_expert
+    sets = _of_optimizers(chunks, len(optimizers) > 1)
     if len(sets) != len(optimizers):
         raise CheckpointError(f"the optimizer state of {len(optimizers)} optimizers in one file is not understood")
     result: list[dict[str, dict[str, Tensor]]] = [{slot: {} for slot in SLOTS} for _ in chunks]
@@ -95,8 +99,7 @@ def content(
 ) -> Any:
     """What a rank's file holds as `optimizer`. `slots` has each slot's tensors per virtual stage; `experts` is the
     expert parallel size."""
-    every = parameters(chunks)
-    sets = [every] if experts == 1 else [[p for p in every if _is_expert(p.name) == flag] for flag in (False, True)]
+    sets = _of_optimizers(chunks, experts > 1)
     result: list[dict[str, Any]] = []
     for index, owned in enumerate(sets):
         groups = _templates(optimizer.groups, index == 1)
@@ -136,8 +139,7 @@ def buffers(
     experts: int,
 ) -> Any:
     """What a rank's DISTRIBUTED_FILE holds."""
-    every = parameters(chunks)
-    sets = [every] if experts == 1 else [[p for p in every if _is_expert(p.name) == flag] for flag in (False, True)]
+    sets = _of_optimizers(chunks, experts > 1)
     result: list[dict[Any, Any]] = []
     for owned in sets:
         state: dict[Any, Any] = {"buckets_coalesced": True}

@@ -81,6 +81,7 @@ def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) ->
             known["vocab_size_multiple"] = divisor * ranks
     model, assumed, missing, unknown = complete(tensors, symbols, known | dict(overrides))
     left_out = {aliases.what(name.split("/")[0]) for name in objects if name != COMMON}
+    left_out |= {aliases.what(name.split("/")[0]) for name in weights if not aliases.is_weight(name)}
     state = {name: tensor for name, tensor in entries.items() if name not in weights}
     return Checkpoint(
         path=folder,
@@ -104,26 +105,55 @@ def read(path: Path, overrides: Mapping[str, Any], allow: Iterable[str] = ()) ->
 
 def logical(entries: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Canonical tensors, and the layers' symbols of each stack, from the global tensors by their keys."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    joined: dict[str, Tensor] = {}
+    # One step after the other: an expert that is saved on its own can be in parts, and layers can be stacked experts.
+    tensors = _experts_apart(_parts_joined(_layers_apart(entries)))
+    names, symbols = aliases.canonical(tensors)
+    return {names[name]: tensor for name, tensor in tensors.items()}, symbols
+
+
+def _layers_apart(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with those of all layers on top of one another (a stack of like layers) taken apart."""
+    result: dict[str, Tensor] = {}
     for name, tensor in entries.items():
         if not aliases.is_weight(name):
             continue
+        if match := _STACKED.match(name):
+            result |= {f"{match[1]}.{layer}.{match[2]}": select(tensor, layer) for layer in range(tensor.shape[0])}
+        else:
+            result[name] = tensor
+    return result
+
+
+def _parts_joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the parts of a projection that were saved one by one put together. Raises CheckpointError if a half of a
+    gated one is missing; of the others the shapes tell."""
+    result: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
         if match := _PART.match(name) or _HALF.match(name):
             parts.setdefault(match[1], {})[match[2]] = tensor
-        elif match := _EXPERTS.match(name):
+        else:
+            result[name] = tensor
+    for name, found in parts.items():
+        halves = found.keys() & {"w", "v"}
+        if len(halves) == 1:
+            raise CheckpointError(f"{name}_{halves.pop()} is there without its other half")
+        order = ("w", "v") if halves else _PART_ORDER["dt" in found or ".conv1d." in name]
+        result[name] = cat([found[part] for part in order if part in found], 0)
+    return result
+
+
+def _experts_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With each expert under a name of its own, be they saved on top of one another or one by one."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if match := _EXPERTS.match(name):
             stem = f"{match[1]}.{match[3]}.{match[4]}"
             experts = {int(match[2]): tensor} if match[2] else {j: select(tensor, j) for j in range(tensor.shape[0])}
-            joined |= {f"{stem}{expert}": one for expert, one in experts.items()}
-        elif match := _STACKED.match(name):
-            joined |= {f"{match[1]}.{layer}.{match[2]}": select(tensor, layer) for layer in range(tensor.shape[0])}
+            result |= {f"{stem}{expert}": one for expert, one in experts.items()}
         else:
-            joined[name] = tensor
-    for name, found in parts.items():
-        order = ("w", "v") if "w" in found else _PART_ORDER["dt" in found or ".conv1d." in name]
-        joined[name] = cat([found[part] for part in order if part in found], 0)
-    names, symbols = aliases.canonical(joined)
-    return {names[name]: tensor for name, tensor in joined.items()}, symbols
+            result[name] = tensor
+    return result
 
 
 def global_tensors(tensors: Mapping[str, Tensor], params: Mapping[str, naming.Param]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from converters import convert, naming
+from converters import convert, naming, torch_dist
+from converters.tensors import zeros
 from hybrid.config import (
     CheckpointConfig,
     DataConfig,
@@ -18,6 +19,7 @@ from hybrid.config import (
     Settings,
     TrainerConfig,
 )
+from hybrid.errors import CheckpointError
 
 Saved = Callable[..., tuple[Path, dict[str, torch.Tensor]]]
 
@@ -92,6 +94,43 @@ def test_what_megatron_core_saves_is_read(
     (held,) = convert.rank_state(opened, fused_norms=False)
     for name, tensor in held.items():
         assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "moe"])
+def test_experts_and_halves_that_are_saved_one_by_one_are_read(
+    tmp_path: Path, build: Callable[[ModelConfig], Any], make_model: Callable[..., ModelConfig], kind: str
+) -> None:
+    """Megatron's `singleton_local_shards`, as it saves for optimizers that are not reshardable."""
+    from megatron.core import dist_checkpointing
+
+    model = build(make_model(kind, activation="swiglu"))
+    (tmp_path / "a").mkdir()
+    state = model.sharded_state_dict(metadata={"singleton_local_shards": True})
+    dist_checkpointing.save({"model": state, "iteration": 7}, str(tmp_path / "a"))
+    opened = convert.open_checkpoint(tmp_path / "a", {"attention_head_dim": 8, "mamba_state_dim": 4})
+    assert not (opened.missing or opened.unknown) and opened.model.activation == "swiglu"
+    (held,) = convert.rank_state(opened, fused_norms=False)
+    for name, tensor in held.items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_like_layers_on_top_of_one_another_are_read_with_their_experts() -> None:
+    """As Megatron saves a stack of like layers: the layer is the first dimension, the expert the second."""
+    prefix = "decoder.layers.mlp."
+    entries = {
+        f"{prefix}router.weight": zeros((2, 4, 8), "float32"),
+        f"{prefix}experts.experts.linear_fc1.weight": zeros((2, 4, 6, 8), "float32"),
+    }
+    found, symbols = torch_dist.logical(entries)
+    assert symbols == {"decoder": "EE"}
+    assert found["decoder.layers.1.mlp.experts.linear_fc1.weight3"].shape == (6, 8)
+
+
+def test_a_half_without_the_other_is_refused() -> None:
+    """It would be the projection of an MLP that is not gated."""
+    entries = {"decoder.layers.0.mlp.linear_fc1.weight_w": zeros((6, 8), "float32")}
+    with pytest.raises(CheckpointError, match=r"mlp.linear_fc1.weight_w is there without its other half"):
+        torch_dist.logical(entries)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "swiglu", "tied", "mamba1", "latent", "moe", "mtp"])
