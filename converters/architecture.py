@@ -192,7 +192,10 @@ def _vocabulary(rows: int, known: Mapping[str, Any]) -> dict[str, int]:
     size = known.get("vocab_size") or rows
     if size > rows:
         raise ConfigError(
-            Problem("model.vocab_size", f"is said to be {size}, but the embedding has {rows} rows; say what is true")
+            Problem(
+                "model.vocab_size",
+                f"is said to be {size}, but the embedding has {rows} rows; if that is true, say vocab_size={rows}",
+            )
         )
     asked = known.get("vocab_size_multiple")
     # The largest power of two that explains the padding: Megatron pads to 128 x tensor parallel size.

@@ -65,8 +65,13 @@ def total_bytes(files: dict[str, Plan]) -> int:
 
 
 def refuse_existing(destination: Path) -> None:
-    """Raise ConfigError if a destination exists; an empty folder is taken."""
-    if destination.is_symlink() or destination.is_file() or (destination.is_dir() and any(destination.iterdir())):
+    """Raise ConfigError if a destination exists, or is no name of a folder; an empty folder is taken."""
+    try:
+        taken = destination.is_symlink() or destination.is_file()
+        taken = taken or (destination.is_dir() and any(destination.iterdir()))
+    except OSError as error:
+        raise _impossible(destination, error) from None
+    if taken:
         raise ConfigError(f"{destination} exists already; name another destination, or remove it")
 
 
@@ -78,10 +83,10 @@ def replacing(destination: Path, needed: int) -> Iterator[Path]:
     exists (an empty folder is taken) or no folder can be made there; UserError if the file system has less than
     `needed` bytes left, and, in one sentence, for whatever it says while it is written to.
     """
+    refuse_existing(destination)
     parent = destination.absolute().parent
     made: list[Path] = []
     try:
-        refuse_existing(destination)
         made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
         room = shutil.disk_usage(made[-1].parent if made else parent).free
         if room < needed:
@@ -95,8 +100,7 @@ def replacing(destination: Path, needed: int) -> Iterator[Path]:
         _remove_empty(made)
         if error.errno in _FULL:
             raise _full(destination) from None
-        reason = error.strerror or error
-        raise ConfigError(f"{destination} cannot be written: {reason}; name another destination") from None
+        raise _impossible(destination, error) from None
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
@@ -247,6 +251,10 @@ def _allow_open_files(files: dict[str, Plan]) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _impossible(destination: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{destination} cannot be written: {error.strerror or error}; name another destination")
 
 
 def _full(destination: Path) -> UserError:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters import convert, naming, torch_dist
+from converters import convert, dcp, naming, torch_dist
 from converters.tensors import zeros
 from hybrid.config import (
     CheckpointConfig,
@@ -126,6 +126,16 @@ def test_like_layers_on_top_of_one_another_are_read_with_their_experts() -> None
     assert found["decoder.layers.1.mlp.experts.linear_fc1.weight3"].shape == (6, 8)
 
 
+def test_a_tensor_that_is_no_weight_is_said_to_be_left_out(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert.convert(saved("hybrid")[0], tmp_path / "a", "torch_dist")
+    entries, objects = dcp.load(tmp_path / "a/iter_0000100")
+    entries["rotary_pos_emb.inv_freq"] = zeros((4,), "float32")
+    monkeypatch.setattr(dcp, "load", lambda *_: (entries, objects))
+    assert "rotary_pos_emb.inv_freq" in convert.open_checkpoint(tmp_path / "a").left_out
+
+
 def test_a_half_without_the_other_is_refused() -> None:
     """It would be the projection of an MLP that is not gated."""
     entries = {"decoder.layers.0.mlp.linear_fc1.weight_w": zeros((6, 8), "float32")}
@@ -145,8 +155,6 @@ def test_the_order_of_tensors_is_that_of_parameters(
 
 
 def test_experts_stand_on_top_of_one_another(saved: Saved, tmp_path: Path) -> None:
-    from converters import dcp
-
     source, weights = saved("moe")
     convert.convert(source, tmp_path / "a", "torch_dist")
     entries, objects = dcp.load(tmp_path / "a/iter_0000100")
