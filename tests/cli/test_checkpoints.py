@@ -132,7 +132,7 @@ def test_files_that_are_missing_or_damaged_are_a_wrong_argument(hybrid: Hybrid, 
     assert (code, out) == (2, "") and "model_optim_rng.pt is missing" in err
 
 
-@pytest.mark.parametrize(("verb", "code"), [(["inspect", "{}"], 0), (["convert", "{}", "{}"], 2)])
+@pytest.mark.parametrize(("verb", "code"), [(["inspect", "{}"], 0), (["convert", "{}", "{}/.."], 2)])
 def test_no_torch_is_imported_to_inspect_or_to_refuse(checkpoint: Path, verb: list[str], code: int) -> None:
     program = (
         "import atexit, sys; from cli import main; "
