@@ -11,7 +11,7 @@ from hybrid.config import Settings
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import CHECKPOINTS, latest_step, refuse_other_run
-from recipes import containers, processes, records, watching, weights
+from recipes import containers, host_memory, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
 from recipes.settle import fitted, settings, settle
 from recipes.submitting import Member, submit
@@ -52,7 +52,7 @@ def launch(
         if where is None:
             require(built, foreign.processes(executor))
             return foreign.run(recipe, built, executor, detach=detach, dry_run=dry_run)
-    if problems := absent(built, where):
+    if problems := absent(built, where, dry_run=dry_run):
         raise ConfigError(problems)
     if isinstance(where, Slurm):
         job = submit([member], built.name, where, repeat=repeat, dry_run=dry_run)
@@ -67,20 +67,25 @@ def launch(
         raise ConfigError(Problem("--repeat", "chains jobs of a Slurm cluster; here, a run takes the time it takes"))
     count = where.processes(smallest_world(built))
     require(built, count)
+    if isinstance(where, Local):
+        require_memory([built], where, dry_run=dry_run)
     start = containers.launch if isinstance(where, Docker) else processes.launch
     return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
 
 
-def absent(built: Settings, where: Executor) -> list[Problem]:
+def absent(built: Settings, where: Executor, *, dry_run: bool) -> list[Problem]:
     """What is wrong with the files that a run reads and leaves behind, where this machine sees those that the run will:
-    not over SSH, and in a container not in folders that only that has.
+    not over SSH, and in a container not in folders that only that has. A dry run of made-up data tries out a layout,
+    and needs no file of a tokenizer.
     """
     from hybrid.data import presence
 
     if isinstance(where, Slurm) and where.ssh:
         return []
     problems = [*presence.absent(built.data), *weights.check(built)]
-    if not latest_step(Path(built.folder) / built.name / CHECKPOINTS):  # else the tokenizer is in the checkpoint, too
+    tries_out = dry_run and built.data.source == "mock"
+    # With a checkpoint, the tokenizer is in that, too.
+    if not tries_out and not latest_step(Path(built.folder) / built.name / CHECKPOINTS):
         problems += presence.tokenizer_absent(built.data)
     if isinstance(where, Docker):
         problems = [problem for problem in problems if containers.shares(where, built, _value(built, problem.place))]
@@ -91,6 +96,17 @@ def _value(built: Settings, place: str) -> str:
     """What a field of the settings is, as text."""
     section, _, name = place.partition(".")
     return str(getattr(getattr(built, section, None), name, ""))
+
+
+def require_memory(runs: Sequence[Settings], where: Local, *, dry_run: bool) -> None:
+    """Raise ConfigError for runs that do not fit into this machine's memory; a dry run only notes it."""
+    problems = [
+        problem for built in runs for problem in host_memory.too_large(built, where.processes(smallest_world(built)))
+    ]
+    if problems and not dry_run:
+        raise ConfigError(dict.fromkeys(problems))
+    for problem in dict.fromkeys(problems):
+        print(f"note: {problem}", file=sys.stderr)
 
 
 def prepare(recipe: "fdl.Partial[Any]") -> Member:

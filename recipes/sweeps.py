@@ -19,7 +19,7 @@ from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.training.folder import writable
 from recipes import nodes, overrides, processes, records, typed, watching
 from recipes.executors import Executor, Local, Slurm
-from recipes.launching import absent, note_what_was_fitted, prepare, until_interrupted
+from recipes.launching import absent, note_what_was_fitted, prepare, require_memory, until_interrupted
 from recipes.records import SWEEP_FILE
 from recipes.settle import settle
 from recipes.submitting import Member, submit
@@ -118,10 +118,12 @@ def launch_sweep(
         built = members[-1].built
         count = executor.processes(smallest_world(built))
         wrong = check(built, count)
-        wrong += absent(built, executor)
+        wrong += absent(built, executor, dry_run=dry_run)
         problems += [replace(problem, place=f"{built.name}: {problem.place}") for problem in wrong]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
+    if isinstance(executor, Local):
+        require_memory([member.built for member in members], executor, dry_run=dry_run)
     for member in members:
         watching.refuse_under_way(member.folder)
     note_what_was_fitted(members)

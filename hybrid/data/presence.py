@@ -36,7 +36,7 @@ def absent(data: DataConfig) -> list[Problem]:
 def tokenizer_absent(data: DataConfig) -> list[Problem]:
     """What is wrong if the file or folder of the tokenizer is missing."""
     try:
-        if data.tokenizer != "byte" and data.source != "mock":  # a layout is tried out without any file
+        if data.tokenizer != "byte":
             tokenizer_path(data.tokenizer)
     except ConfigError as error:
         return error.problems

@@ -4,11 +4,16 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from cli import main
+from hybrid.checks import check
+from hybrid.costs.plan import smallest_world
+from recipes import launching
+from recipes.settle import settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,3 +47,15 @@ def test_commands_have_the_verbs_and_options_there_are(line: str) -> None:
     if inner := getattr(command, "commands", None):
         command = inner[words.pop(0)]
     command.make_context(name, words).close()  # reads the words, and runs nothing
+
+
+def test_the_python_of_the_readme_can_really_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --dry-run, which asks for less: also the tokenizer is there."""
+    started: list[Any] = []
+    monkeypatch.setattr("recipes.launch", lambda recipe, where: started.append((recipe, where)))
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    ((recipe, where),) = started
+    built = settings(recipe)
+    assert not check(built, where.processes(smallest_world(built)))
+    assert not launching.absent(built, where, dry_run=False)
