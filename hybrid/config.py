@@ -255,7 +255,7 @@ class TrainerConfig:
     recompute: Recompute = option("none", "activations made again in the backward pass instead of kept")
     seed: int = option(1234, "seed of weights, data order and dropout")
     eval_interval: int = option(2000, "steps between validations; 0: only at the end", "steps")
-    eval_steps: int = option(32, "global batches of one validation", "batches")
+    eval_steps: int = option(32, "global batches of one validation; 0: no validation", "batches")
     log_interval: int = option(1, "steps between lines of metrics.jsonl", "steps")
     log_to: list[Tracker] = option([], "where the metrics go besides metrics.jsonl: tensorboard, wandb")
     profile: list[int] = option([], "first and last step that torch's profiler records, into the run's folder", "steps")

@@ -5,6 +5,7 @@ megatron-core's own format: the global names and shapes do not depend on the lay
 """
 
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hybrid import settings_file
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem
 from hybrid.model import extra_state
-from hybrid.training import optimizer_parts, torch_adam
+from hybrid.training import folder, optimizer_parts, torch_adam
 from hybrid.training.setup import Training
 
 
@@ -48,7 +49,7 @@ def load(path: Path, settings: Settings, training: Training) -> Position:
         found = state(training, metadata, Position(), load_from=path, with_random_state=same_layout)
         loaded: Any = dist_checkpointing.load(found, str(path))
     except (Exception, CheckpointException) as problem:
-        raise _damaged(path, problem) from problem
+        raise _damaged(path, problem, _way_on(path)) from problem
     for index, chunk in enumerate(training.chunks):
         extra_state.load(unwrap(chunk), loaded[_model_key(index, len(training.chunks))], own=True)
     training.optimizer.load_state_dict(optimizer_parts.fit(training.optimizer, loaded["optimizer"]))
@@ -75,7 +76,7 @@ def load_weights(path: Path, chunks: list[MegatronModule]) -> None:
         }
         loaded: Any = dist_checkpointing.load(state, str(path))
     except (Exception, CheckpointException) as problem:
-        raise _damaged(path, problem) from problem
+        raise _damaged(path, problem, "start from another one (checkpoint=PATH)") from problem
     for index, chunk in enumerate(chunks):
         extra_state.load(chunk, loaded[_model_key(index, len(chunks))])
 
@@ -183,8 +184,17 @@ def _set_random_state(state: dict[str, Any]) -> None:
     _rng_tracker().set_states(state["rng_tracker_states"])
 
 
-def _damaged(path: Path, problem: BaseException) -> ConfigError:
+def _damaged(path: Path, problem: BaseException, way_out: str) -> ConfigError:
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     reason = lines[-1] if isinstance(problem, CheckpointException) else lines[0]
-    message = f"this checkpoint is damaged ({reason}); remove it to go on from the one before it"
-    return ConfigError(Problem(str(path), message))
+    if system := re.search(r"\[Errno \d+\] (.+): '(.+)'", reason):  # as Python writes an OSError within other errors
+        reason = f"{Path(system[2]).name}: {system[1]}"
+    return ConfigError(Problem(str(path), f"this checkpoint is damaged ({reason}); {way_out}"))
+
+
+def _way_on(path: Path) -> str:
+    """How a run goes on without its checkpoint at `path`."""
+    before = [step for step in folder.checkpoint_steps(path.parent) if step < folder.step_of(path)]
+    if before:
+        return f"remove it to go on from the one before it, of step {before[-1]}"
+    return f"there is none before it: remove '{path.parent}' to begin anew"

@@ -179,7 +179,9 @@ class _Loop:
                     self.report.say(line)
                 with clock("save"):
                     self._tell(self.saver.poll())
-                if last or (trainer.eval_interval and step % trainer.eval_interval == 0 and not stop_now):
+                if trainer.eval_steps and (
+                    last or (trainer.eval_interval and step % trainer.eval_interval == 0 and not stop_now)
+                ):
                     self._validate()
                     stop_now = self.world.any(self.interrupt.wanted)
                 if last or stop_now or step % self.settings.checkpoint.save_interval == 0:

@@ -132,8 +132,22 @@ def test_a_damaged_checkpoint_is_named(finished: Settings, tmp_path: Path) -> No
     for file in checkpoint.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:1000])
     (checkpoint / "checksums.json").unlink()  # as one that has none, of an older version
-    with pytest.raises(ConfigError, match=f"{checkpoint.name}: this checkpoint is damaged"):
+    with pytest.raises(ConfigError, match=f"{checkpoint.name}: this checkpoint is damaged") as error:
         train(run)
+    assert f"there is none before it: remove '{checkpoint.parent}' to begin anew" in str(error.value)
+    for file in checkpoint.glob("*.distcp"):
+        file.unlink()
+    (checkpoint.parent / "iter_0000000").mkdir()
+    with pytest.raises(ConfigError) as error:
+        train(run)
+    says = "this checkpoint is damaged (__0_0.distcp: No such file or directory)"
+    assert str(error.value) == f"{checkpoint}: {says}; remove it to go on from the one before it, of step 0"
+
+
+def test_a_run_without_validation_ends_as_others(tmp_path: Path) -> None:
+    run = toy.settings(tmp_path, steps=1)
+    train(replace(run, trainer=replace(run.trainer, eval_steps=0)))
+    assert (tmp_path / "runs" / run.name / "checkpoints/iter_0000001").is_dir()
 
 
 def test_no_write_permission_is_one_sentence(tmp_path: Path) -> None:
