@@ -49,7 +49,19 @@ class CheckpointError(UserError):
     exit_code = 2
 
 
+_MOST_NAMES = 30  # that a message lists
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return '; did you mean X?' if one of `valid` is near to `name`, else ''."""
     found = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def names(name: str, valid: Iterable[str], listed: str = "hybrid show tiny") -> str:
+    """The line of valid names under a problem with `name`; of very many those near to it, and the verb with all."""
+    every = list(valid)
+    if len(every) <= _MOST_NAMES:
+        return f"valid names: {', '.join(every)}"
+    near = difflib.get_close_matches(name, every, n=5, cutoff=0.5)
+    return f"{f'near to it: {", ".join(near)}; ' if near else ''}`{listed}` shows all {len(every)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import hybrid.run
+from hybrid import errors
 from hybrid.config import Settings
 from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, typed
@@ -161,7 +162,7 @@ class Document:
         for name, (key, _) in entries.items():
             if name not in valid and name not in also:
                 message = f"{what} has no field {name}{nearest(name, valid)}"
-                self.problems.append(Problem(self.place(key), message, f"valid names: {', '.join(valid)}"))
+                self.problems.append(Problem(self.place(key), message, errors.names(name, valid)))
 
     def section(self, node: "yaml.Node", name: str) -> "fdl.Config[Any]":
         cls = nodes.SECTIONS[name]

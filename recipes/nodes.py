@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hybrid.config import Settings
+from hybrid.errors import nearest
 
 if TYPE_CHECKING:
     import fiddle as fdl
@@ -66,6 +67,8 @@ def config[T](cls: type[T], **values: Any) -> "fdl.Config[T]":
     import fiddle as fdl
 
     _hide_this_file()
+    if dataclasses.is_dataclass(cls):
+        _refuse_unknown(cls.__name__, values, schema(cls))
     node = fdl.Config(cls, **values)
     # Fiddle cannot read a default that a factory makes, so these are written out.
     with set_by(DEFAULTS, 0):
@@ -80,6 +83,7 @@ def partial(function: Callable[..., Any], **values: Any) -> "fdl.Partial[Any]":
     import fiddle as fdl
 
     _hide_this_file()
+    _refuse_unknown("a recipe", values, schema(Settings))
     recipe = fdl.Partial(function, **values)
     with set_by(DEFAULTS, 0):
         for name, field in schema(Settings).items():
@@ -88,6 +92,13 @@ def partial(function: Callable[..., Any], **values: Any) -> "fdl.Partial[Any]":
             elif isinstance(field.default, list) and name not in values:
                 setattr(recipe, name, copy.copy(field.default))
     return recipe
+
+
+def _refuse_unknown(what: str, values: dict[str, Any], valid: dict[str, Field]) -> None:
+    """Raise TypeError, as Python does for an argument that a function does not take, with the names that were meant."""
+    wrong = [f"{what} has no field {name}{nearest(name, valid)}" for name in values if name not in valid]
+    if wrong:
+        raise TypeError("; ".join(wrong))
 
 
 def node_schema(node: "fdl.Buildable[Any]") -> dict[str, Field]:

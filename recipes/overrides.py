@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
+from hybrid import errors
 from hybrid.config import CheckpointConfig
 from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, typed
@@ -112,7 +113,7 @@ def _field(node: "fdl.Buildable[Any]", place: str, name: str | int) -> nodes.Fie
     valid = nodes.node_schema(node)
     if name in valid:
         return valid[str(name)]
-    detail = f"valid names: {', '.join(valid)}"
+    detail = errors.names(str(name), valid)
     if isinstance(name, int):
         raise ConfigError(Problem(f"{place}[{name}]", "a section has names, not numbers", detail))
     if place:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hybrid import errors
 from hybrid.errors import ConfigError, Problem, nearest
 from recipes import nodes, typed
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 CATALOGUE = ("recipes.laptop", "recipes.seed", "recipes.study", "recipes.state_spaces", "recipes.nemotron_h")
 RECIPE_FILE = "recipe.yaml"  # what a run's folder holds of the recipe it was started with
 _CALL = re.compile(r"(?P<target>[^()]*\w)\((?P<arguments>.*)\)", re.DOTALL)
+# What fiddle says to `recipe.model.hiden_size = 64`.
+_SET_ON = re.compile(r"No parameter named '(?P<name>\w+)' exists for <\w+ '?(?P<what>[\w.]+).*>; [\w ]+: (?P<valid>.*)")
 _MARK = "_recipe_entry"
 _YAML = (".yaml", ".yml")
 
@@ -227,7 +230,38 @@ def _raised(shown: str, path: Path, error: BaseException) -> Problem:
         lines = [error.lineno]
     place = f"{shown}:{lines[-1]}" if lines and lines[-1] else shown
     text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if misspelt := _misspelt(error):
+        what, name, valid = misspelt
+        detail = errors.names(name, valid, "hybrid list" if what == "recipes" else "hybrid show tiny")
+        return Problem(place, f"{what} has no {name}{nearest(name, valid)}", detail)
     return Problem(place, f"raised {type(error).__name__}{': ' if text else ''}{text}")
+
+
+def _misspelt(error: BaseException) -> tuple[str, str, list[str]] | None:
+    """What of fiddle's or of this package lacks which name, and the names it has; None if it was something else."""
+    import fiddle as fdl
+
+    if isinstance(error, ImportError) and error.name_from and error.name in ("recipes", "recipes.parts"):
+        return error.name, error.name_from, _public(sys.modules[error.name])
+    if not isinstance(error, AttributeError):
+        return None
+    if set_on := _SET_ON.match(str(error)):
+        return _called(set_on["what"].rpartition(".")[2]), set_on["name"], set_on["valid"].split(", ")
+    if isinstance(error.obj, fdl.Buildable):
+        return _called(error.obj.__fn_or_cls__.__name__), str(error.name), list(nodes.node_schema(error.obj))
+    if isinstance(error.obj, ModuleType) and error.obj.__name__ in ("recipes", "recipes.parts"):
+        return error.obj.__name__, str(error.name), _public(error.obj)
+    return None
+
+
+def _called(target: str) -> str:
+    return "a recipe" if target in ("pretrain", "finetune") else target
+
+
+def _public(module: ModuleType) -> list[str]:
+    """The recipes and functions that a module of this package gives."""
+    own = [name for name, held in vars(module).items() if getattr(held, "__module__", "") == module.__name__]
+    return own if module.__name__ == "recipes.parts" else [*entries(), *vars(module)["_HOME"]]
 
 
 def split_call(reference: str) -> tuple[str, str]:

@@ -177,6 +177,15 @@ def test_what_cannot_be_applied_says_so_in_one_sentence(argument: str, message: 
     assert problems(argument) == [message]
 
 
+def test_of_very_many_names_those_near_to_it_are_listed() -> None:
+    with pytest.raises(ConfigError) as error:
+        apply(small(), ["model.hiden_size=3", "trainer.x=1"])
+    near, every = [problem.detail for problem in error.value.problems]
+    assert near.startswith("near to it: hidden_size, ffn_hidden_size,")
+    assert near.endswith(f"; `hybrid show tiny` shows all {len(nodes.schema(ModelConfig))}")
+    assert every.startswith("valid names: max_steps, ")
+
+
 def test_an_override_that_another_would_undo_is_refused() -> None:
     assert problems("trainer.seed=1", "trainer.seed=2") == [
         "trainer.seed: is given twice: 'trainer.seed=1' and 'trainer.seed=2'; leave one out"

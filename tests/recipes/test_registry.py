@@ -100,7 +100,7 @@ def test_what_a_users_function_does_wrong_is_said_with_its_line(users_file: str)
         "is no recipe: it returned nothing; did you forget to return the recipe?"
     )
     assert problem(f"{users_file}:half").endswith("is no recipe: it returned a config of ModelConfig")
-    assert problem(f"{users_file}:broken").startswith(f"{users_file}:18: raised AttributeError: No parameter")
+    assert problem(f"{users_file}:broken").startswith(f"{users_file}:18: ModelConfig has no no_such_field")
     assert problem(f"{users_file}:mine(stepps=3)").endswith(
         "takes no argument 'stepps'; did you mean steps?; its arguments: steps, name"
     )
@@ -121,3 +121,22 @@ def test_what_a_users_file_raises_is_said_with_its_line(tmp_path: Path, source: 
     file = tmp_path / "bad.py"
     file.write_text(source)
     assert problem(f"{file}:f") == f"{file}{says}"
+
+
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [
+        ("config(ModelConfig, hiden_size=3)", "ModelConfig has no field hiden_size; did you mean hidden_size?"),
+        ("partial(pretrain, name='x', dta=3)", "a recipe has no field dta; did you mean data?"),
+        ("setattr(tiny().model, 'hiden_size', 3)", "ModelConfig has no hiden_size; did you mean hidden_size?"),
+        ("tiny().model.hiden_size", "ModelConfig has no hiden_size; did you mean hidden_size?"),
+        ("tiny().modl.hidden_size", "a recipe has no modl; did you mean model?"),
+        ("parts.mok(128)", "recipes.parts has no mok; did you mean mock?"),
+        ("exec('from recipes import lauch')", "recipes has no lauch; did you mean launch?"),
+    ],
+)
+def test_a_misspelt_name_in_a_users_recipe_gets_the_nearest_one(tmp_path: Path, statement: str, says: str) -> None:
+    file = tmp_path / "own.py"
+    imports = "from recipes import config, partial, parts, tiny\nfrom hybrid.run import pretrain, ModelConfig\n"
+    file.write_text(f"{imports}def f():\n    {statement}\n")
+    assert problem(f"{file}:f").removeprefix(f"{file}:4: ").removeprefix("raised TypeError: ") == says
