@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybrid.checks import require
+from hybrid.checks import check, require
 from hybrid.config import Settings
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
@@ -118,7 +118,10 @@ def prepare(recipe: "fdl.Partial[Any]") -> Member:
     if "HYBRID_JOB" in os.environ:
         raise ConfigError("this is a job that was launched already; put the call of launch under a main guard")
     built = settings(recipe)
-    refuse_other_run(built)
+    try:
+        refuse_other_run(built)
+    except ConfigError as error:  # it may differ by a mistake, which is then what is to be said first
+        raise ConfigError([*check(built), *error.problems]) from None
     if (Path(built.folder) / built.name / records.SWEEP_FILE).is_file():
         message = (
             f"'{built.name}' is what a sweep is called, whose table would hide this run; name it otherwise (name=...)"

@@ -54,6 +54,8 @@ _MAY_CHANGE = (
     "trainer.recompute",
 )
 
+_MOST_FIELDS = 5  # that are named of those in which two runs differ
+
 _STEP = re.compile(r"iter_(\d{7,})")
 
 
@@ -135,16 +137,30 @@ def set_aside_damaged(checkpoint: Path) -> Path:
 
 
 def refuse_other_run(settings: Settings) -> None:
-    """Raise ConfigError if the run's folder holds checkpoints of a run with other settings, for each that differs."""
+    """Raise ConfigError if the run's folder holds checkpoints of a run with other settings.
+
+    It names each field that differs, or of many a few, of all sections.
+    """
     run = Path(settings.folder) / settings.name
     if (before := begun_with(run)) is None:
         return
-    changed = settings_file.differences(before, settings)
-    problems = [
-        Problem(field, f"is {new!r}, but the run in '{run}' has {old!r}; name this run otherwise (name=...)")
-        for field, (old, new) in changed.items()
+    changed = {
+        field: (old, new)
+        for field, (old, new) in settings_file.differences(before, settings).items()
         if not field.startswith(_MAY_CHANGE) and not _cut_otherwise(field, old, new)
-    ]
+    }
+    way_out = "name this run otherwise (name=...)"
+    if len(changed) > _MOST_FIELDS:
+        firsts = {field.partition(".")[0]: field for field in reversed(changed)}.values()
+        shown = [*reversed(firsts), *(field for field in changed if field not in firsts)][:_MOST_FIELDS]
+        message = f"the run in '{run}' is another one: {len(changed)} settings differ, among them these; {way_out}"
+        problems = [Problem("name", message)]
+        problems += [Problem(field, f"is {changed[field][1]!r}, there {changed[field][0]!r}") for field in shown]
+    else:
+        problems = [
+            Problem(field, f"is {new!r}, but the run in '{run}' has {old!r}; {way_out}")
+            for field, (old, new) in changed.items()
+        ]
     if problems:
         raise ConfigError(problems)
 

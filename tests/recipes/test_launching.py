@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hybrid import atomic
+from hybrid import atomic, settings_file
 from hybrid.errors import ConfigError, UserError
-from recipes import apply, launch, local, processes, records, slurm, sweeps, tiny, watching
+from recipes import apply, hybrid_8b, launch, local, processes, records, settings, slurm, sweeps, tiny, watching
 from recipes.executors import Local, seconds
 from recipes.files import read_recipe
 from recipes.settle import settle
@@ -89,6 +89,24 @@ def test_what_a_job_runs_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("HYBRID_JOB", "tiny_1")
     with pytest.raises(ConfigError, match="main guard"):
         launch(tiny())
+
+
+def test_a_mistake_is_said_before_that_the_name_is_another_runs(here: Path) -> None:
+    run = here / "runs" / "tiny"
+    (run / "checkpoints" / "iter_0000001").mkdir(parents=True)
+    settings_file.write(settings(tiny()), run)
+    with pytest.raises(ConfigError) as error:
+        launch(apply(tiny(), ["data.source=text"]))
+    assert list(problems(error)) == ["data.path", "data.source"]
+    with pytest.raises(ConfigError) as error:
+        launch(apply(hybrid_8b(), ["name=tiny"]))
+    (path, _), (name, says), *fields = problems(error).items()
+    assert (path, name) == ("data.path", "name")
+    assert says.startswith("the run in 'runs/tiny' is another one: 20 settings differ, among them these; name this run")
+    assert [field for field, _ in fields[:4]] == [
+        *("model.layer_pattern", "data.source", "optimizer.lr", "trainer.precision")
+    ]
+    assert len(fields) == 5
 
 
 def test_a_chain_is_for_slurm() -> None:
