@@ -10,7 +10,8 @@ from hybrid.checks import check, require
 from hybrid.config import Settings
 from hybrid.costs.plan import smallest_world
 from hybrid.errors import ConfigError, Problem
-from hybrid.training.folder import CHECKPOINTS, latest_step, refuse_other_run
+from hybrid.training import checksums
+from hybrid.training.folder import CHECKPOINTS, checkpoint_folder, finished, latest_step, refuse_other_run
 from recipes import containers, host_memory, processes, records, watching, weights
 from recipes.executors import Docker, Executor, Local, Slurm
 from recipes.settle import fitted, settings, settle
@@ -68,6 +69,12 @@ def launch(
     count = where.processes(smallest_world(built))
     require(built, count)
     if isinstance(where, Local):
+        if not dry_run and (done := _finished(built, member.folder)):
+            print(done)
+            return 0
+        from hybrid.training import trackers
+
+        trackers.require(built)
         require_memory([built], where, dry_run=dry_run)
     start = containers.launch if isinstance(where, Docker) else processes.launch
     return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
@@ -96,6 +103,15 @@ def _value(built: Settings, place: str) -> str:
     """What a field of the settings is, as text."""
     section, _, name = place.partition(".")
     return str(getattr(getattr(built, section, None), name, ""))
+
+
+def _finished(built: Settings, run: Path) -> str:
+    """What is said of a run that has nothing left to do, which is thus known before torch is loaded; else ''."""
+    step = latest_step(run / CHECKPOINTS)
+    done = finished(built, step)
+    if not done or step is None or built.checkpoint.export or watching.state(run).status != "finished":
+        return ""
+    return "" if checksums.damage(checkpoint_folder(run / CHECKPOINTS, step)) else done
 
 
 def require_memory(runs: Sequence[Settings], where: Local, *, dry_run: bool) -> None:

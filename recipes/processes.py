@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybrid import atomic
 from hybrid.config import Settings
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, UserError
 from hybrid.training import folder as run_folder
 from hybrid.training import interrupt
 from recipes import plugins, records, watching, weights
@@ -49,19 +50,22 @@ def launch(
     if dry_run:
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command)]))
         return 0
-    write_recipe(recipe, run)
-    with run_folder.writable(run):
-        for name in around.folders:
-            (run / name).mkdir(exist_ok=True)
-    if count == 1 and not detach and not own_process and not around.prefix:
-        os.environ.update(variables)
-        if sys.stderr.isatty():
-            print("loading PyTorch and megatron-core; the first time it may take half a minute", file=sys.stderr)
-        return run_here(recipe, built)
-    # One thread a process is torchrun's own default; share the cores out instead.
-    threads = max(1, (os.cpu_count() or 1) // count)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
-    return _detach(command, environment, run) if detach else _wait(command, environment, run)
+    with _leaving_no_refused(run, keep=detach or own_process) as ended:
+        write_recipe(recipe, run)
+        with run_folder.writable(run):
+            for name in around.folders:
+                (run / name).mkdir(exist_ok=True)
+        if count == 1 and not detach and not own_process and not around.prefix:
+            os.environ.update(variables)
+            if sys.stderr.isatty():
+                print("loading PyTorch and megatron-core; the first time it may take half a minute", file=sys.stderr)
+            ended.code = run_here(recipe, built)
+        else:
+            # One thread a process is torchrun's own default; share the cores out instead.
+            threads = max(1, (os.cpu_count() or 1) // count)
+            environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
+            ended.code = _detach(command, environment, run) if detach else _wait(command, environment, run)
+    return ended.code
 
 
 def run_here(recipe: "fdl.Partial[Any]", built: Settings) -> int:
@@ -113,6 +117,38 @@ def _starting(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _leaving_no_refused(run: Path, *, keep: bool) -> Iterator[_Ended]:
+    """Remove the folder that this start has made of a run that was refused before its first step, unless `keep`.
+
+    Why is said on the terminal. Who is not there to read it has the folder.
+    """
+    ended, made = _Ended(), [] if keep else _made(run)
+    try:
+        yield ended
+    except UserError as error:
+        ended.code = error.exit_code
+        raise
+    finally:
+        metrics = run / run_folder.METRICS_FILE
+        if made and ended.code == ConfigError.exit_code and not (metrics.is_file() and metrics.stat().st_size):
+            shutil.rmtree(run, ignore_errors=True)
+            with suppress(OSError):  # another run may be there by now
+                for folder in made[1:]:
+                    folder.rmdir()
+
+
+def _made(run: Path) -> list[Path]:
+    """Make a run's folder; returns it and those above it that were not there either; [] if it was there."""
+    missing = [folder for folder in run.parents if not folder.exists()]
+    with run_folder.writable(run):
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:
+            return []
+    return [run, *missing]
 
 
 @contextmanager

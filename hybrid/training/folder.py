@@ -93,6 +93,14 @@ def latest_step(checkpoints: Path) -> int | None:
     return max(checkpoint_steps(checkpoints), default=None)
 
 
+def finished(settings: Settings, step: int | None) -> str:
+    """What is said of a run whose newest checkpoint is of its last step; '' if there is something left to do."""
+    if step is None or step < settings.trainer.steps:
+        return ""
+    other = "; name=... starts another run from checkpoint.load" if settings.checkpoint.load else ""
+    return f"finished: step {step} of {settings.trainer.steps} is done; raise trainer.max_steps to go on{other}"
+
+
 def remove_unfinished(checkpoints: Path) -> None:
     """Remove what a save or a removal that was cut off left behind."""
     for path in checkpoints.glob(f"{UNFINISHED}*"):

@@ -85,10 +85,8 @@ def _run(settings: Settings, pattern: Pattern, run: Path, world: World) -> None:
         for line in describe(settings, pattern, world):
             report.say(line)
         latest = resume.newest_whole(run / folder.CHECKPOINTS, world, report.say)
-        if latest is not None and folder.step_of(latest) >= trainer.steps:
-            step = folder.step_of(latest)
-            other = "; name=... starts another run from checkpoint.load" if settings.checkpoint.load else ""
-            report.say(f"finished: step {step} of {trainer.steps} is done; raise trainer.max_steps to go on{other}")
+        if done := folder.finished(settings, folder.step_of(latest) if latest else None):
+            report.say(done)
             return
         source = None if latest else _source(settings)
         tokenizer = _tokenizer(settings.data.tokenizer, latest)

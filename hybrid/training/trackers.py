@@ -35,7 +35,7 @@ def require(settings: Settings) -> None:
 
 
 def connect(settings: Settings, run: Path) -> list[Sink]:
-    """Open the trackers of a run. A run that goes on goes on there, too."""
+    """Open the trackers of a run. A run that goes on goes on there, too. Raises ConfigError if one refuses."""
     return [TensorBoard(run) if name == "tensorboard" else Wandb(settings, run) for name in wanted(settings)]
 
 
@@ -63,15 +63,19 @@ class Wandb:
     def __init__(self, settings: Settings, run: Path):
         import wandb
 
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "hybrid-recipes"),
-            name=os.environ.get("WANDB_NAME", settings.name),
-            id=os.environ.get("WANDB_RUN_ID", settings.name),
-            resume="allow",
-            dir=os.environ.get("WANDB_DIR", str(run)),
-            config=settings_file.to_dict(settings),
-            settings=wandb.Settings(console="off", silent=True),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "hybrid-recipes"),
+                name=os.environ.get("WANDB_NAME", settings.name),
+                id=os.environ.get("WANDB_RUN_ID", settings.name),
+                resume="allow",
+                dir=os.environ.get("WANDB_DIR", str(run)),
+                config=settings_file.to_dict(settings),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.Error as error:  # no key, no network
+            message = f"names wandb, which does not begin ({error}); WANDB_MODE=offline keeps it on this machine"
+            raise ConfigError(Problem("trainer.log_to", message)) from None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Take the values of a step."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,62 @@ def test_a_chain_is_for_slurm() -> None:
 )
 def test_time_limits_are_read_as_sbatch_reads_them(text: str, expected: int | None) -> None:
     assert seconds(text) == expected
+
+
+class TestWhatAStartLeaves:
+    """What runs is replaced."""
+
+    def refuse(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[], object] = lambda: None) -> None:
+        def run(_: object) -> None:
+            before()
+            raise ConfigError("the data are of another kind")
+
+        monkeypatch.setattr("recipes.weights.run", run)
+        with pytest.raises(ConfigError, match="of another kind"):
+            launch(tiny(), local(1))
+
+    def test_one_that_is_refused_before_its_first_step_leaves_no_run(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.refuse(monkeypatch, (here / "runs" / "tiny" / "metrics.jsonl").touch)
+        assert not list(here.iterdir())
+        monkeypatch.setattr(processes, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit(2)"])
+        (here / "runs").mkdir()
+        assert launch(apply(tiny(), ["trainer.micro_batch_size=4"]), local(2)) == 2
+        assert not list((here / "runs").iterdir())
+
+    def test_what_was_there_before_and_what_has_steps_stays(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run = here / "runs" / "tiny"
+        self.refuse(monkeypatch, lambda: (run / "metrics.jsonl").write_text('{"step": 1}\n'))
+        assert watching.state(run).status == "failed"
+        self.refuse(monkeypatch, (run / "metrics.jsonl").unlink)
+        assert watching.state(run).status == "failed"
+
+    def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ConfigError, match=r"trainer\.log_to: wandb is not installed here"):
+            launch(apply(tiny(), ["trainer.log_to=[wandb]"]))
+        assert not list(here.iterdir())
+
+    def test_a_finished_run_is_known_without_loading_anything(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        started: list[object] = []
+        monkeypatch.setattr("recipes.weights.run", started.append)
+        checkpoint = here / "runs" / "tiny" / "checkpoints" / "iter_0000500"
+        assert launch(tiny(), local(1)) == 0
+        checkpoint.mkdir(parents=True)
+        settings_file.write(settings(tiny()), here / "runs" / "tiny")
+        assert launch(tiny(), local(1)) == 0
+        said = capsys.readouterr().out
+        assert said == "finished: step 500 of 500 is done; raise trainer.max_steps to go on\n"
+        assert len(started) == 1
+        launch(apply(tiny(), ["trainer.max_steps=501"]), local(1))
+        (checkpoint / "checksums.json").write_text("not JSON")  # the start itself says what becomes of a damaged one
+        launch(tiny(), local(1))
+        assert len(started) == 3
 
 
 class TestRunsOnThisMachine:
