@@ -1,6 +1,7 @@
 """What a user did wrong, said in the user's own terms."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -49,6 +50,7 @@ class CheckpointError(UserError):
     exit_code = 2
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # the place is right, and there is no room, or it broke
 _MOST_NAMES = 30  # that a message lists
 
 
@@ -65,3 +67,14 @@ def names(name: str, valid: Iterable[str], listed: str = "hybrid show tiny") -> 
         return f"valid names: {', '.join(every)}"
     near = difflib.get_close_matches(name, every, n=5, cutoff=0.5)
     return f"{f'near to it: {", ".join(near)}; ' if near else ''}`{listed}` shows all {len(every)}"
+
+
+def unwritable(path: object, what: str, error: OSError, way_out: str = "") -> UserError:
+    """What is to be raised where a write into `path` failed: a ConfigError if it names a place that takes none.
+
+    `what` is the sentence that the system's words end: 'the folder cannot be written'.
+    """
+    message = f"{what}: {error.strerror or error}{f'; {way_out}' if way_out else ''}"
+    if error.errno in _FULL:
+        return UserError(f"{path}: {message}")
+    return ConfigError(Problem(str(path), message))

@@ -56,7 +56,7 @@ def launch(
     started = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if started.returncode:
         subprocess.run([executor.command, "rm", "--force", name], capture_output=True)
-        raise UserError(f"the container did not start: {started.stderr.strip()}")
+        raise UserError(f"the container did not start: {'; '.join(started.stderr.strip().splitlines())}")
     sent = time.strftime("%FT%T%z")
     record = Record(kind="docker", name=built.name, run=str(run), sent=sent, ids=[name], command=executor.command)
     records.write(record, run)
@@ -134,13 +134,15 @@ def _problems(executor: Docker) -> list[Problem]:
 
 
 def _require_image(executor: Docker) -> None:
-    """Raise UserError if the image is not here, with what there is to do."""
+    """Raise ConfigError if the image is not here, or nobody answers who would know, with what there is to do."""
     inspected = subprocess.run(
         [executor.command, "image", "inspect", "--format", "{{.Id}}", executor.image], capture_output=True, text=True
     )
     if inspected.returncode:
-        said = (inspected.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise UserError(
-            f"there is no image '{executor.image}' here ({said}); docs/docker.md says how it is built, "
-            f"`{executor.command} pull` fetches one"
-        )
+        program = executor.command
+        said = (inspected.stderr.strip().splitlines() or ["no answer"])[-1].rstrip(".")
+        if subprocess.run([program, "info"], capture_output=True).returncode:
+            message = f"'{program}' does not answer ({said}); start its daemon, or see that you may talk to it"
+            raise ConfigError(Problem("executor.command", message))
+        way_out = f"docs/docker.md says how it is built, `{program} pull` fetches one"
+        raise ConfigError(Problem("executor.image", f"there is no image '{executor.image}' here ({said}); {way_out}"))

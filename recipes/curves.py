@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid import installing
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem, unwritable
 from hybrid.training.folder import METRICS_FILE
 from recipes import records, watching
 
@@ -46,7 +46,7 @@ class Curves:
 
 
 def read(folder: Path) -> Curves:
-    """The curves of the run in a folder of this machine. Raises UserError if nothing is recorded yet."""
+    """The curves of the run in a folder of this machine. Raises ConfigError if nothing is recorded yet."""
     record = records.read(folder)
     if record is not None and record.ssh:
         text = records.ask(record, f"cat {shlex.quote(METRICS_FILE)} 2>/dev/null").decode(errors="replace")
@@ -61,7 +61,7 @@ def read(folder: Path) -> Curves:
                 steps.append(entry["step"])
                 values.append(value)
     if "loss" not in curves.metrics:
-        raise UserError(f"{folder}: no step is recorded yet, so there is nothing to draw")
+        raise ConfigError(Problem(str(folder), "no step is recorded yet, so there is nothing to draw"))
     return curves
 
 
@@ -83,7 +83,7 @@ def draw(runs: Sequence[Curves], path: Path) -> None:
         else:
             path.write_text(_page(runs, figure))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise unwritable(path, "cannot be written", error, "--output names another file") from None
 
 
 def _figure(runs: Sequence[Curves]) -> Any:

@@ -93,7 +93,8 @@ class Document:
             near = [other.name for other in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
             raise ConfigError(Problem(str(path), f"there is no such file{nearest(path.name, near)}")) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(Problem(str(path), f"cannot be read as text: {error}")) from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(Problem(str(path), f"cannot be read as text: {why}")) from None
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:

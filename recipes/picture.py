@@ -7,7 +7,7 @@ from pathlib import Path
 from hybrid import pattern as patterns
 from hybrid.costs.hardware import GIB
 from hybrid.costs.plan import Plan
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, Problem, unwritable
 from hybrid.pattern import LAYER_KINDS
 
 WIDTH, MARGIN, BAR = 960, 24, 26
@@ -25,13 +25,13 @@ _PARTS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#99
 
 
 def write(plan: Plan, path: Path) -> None:
-    """Write the picture of a plan. Raises UserError if the file cannot be written, or would not be an SVG."""
+    """Write the picture of a plan. Raises ConfigError if the file cannot be written there, or would not be an SVG."""
     if path.suffix.lower() != ".svg":
-        raise UserError(f"{path}: pictures are written as SVG; call it {path.with_suffix('.svg').name}")
+        raise ConfigError(Problem(str(path), f"pictures are written as SVG; call it {path.with_suffix('.svg').name}"))
     try:
         path.write_text(svg(plan), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: the picture cannot be written: {error.strerror}") from None
+        raise unwritable(path, "the picture cannot be written", error) from None
 
 
 def svg(plan: Plan) -> str:

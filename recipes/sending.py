@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, Problem, UserError
 from recipes import slurm_script
 from recipes.executors import mount_pairs
 from recipes.slurm_script import SlurmJob
@@ -94,7 +94,7 @@ def script(job: SlurmJob, task: str) -> str:
 
 
 def send(job: SlurmJob, staged: Path, local_base: Path) -> list[str]:
-    """Submit the jobs; returns Slurm's ids of them. Raises UserError in sbatch's or SSH's own words.
+    """Submit the jobs; returns Slurm's ids of them. Raises ConfigError in sbatch's own words, UserError if SSH refuses.
 
     `staged` holds what is to be in each job's folder, `local_base` is where nemo-run keeps its part here: the same as
     `job.base` without SSH.
@@ -125,7 +125,9 @@ def send(job: SlurmJob, staged: Path, local_base: Path) -> list[str]:
             return [sent.handle.split("/")[3].partition(";")[0] for sent in experiment.jobs]
     except UnexpectedExit as error:
         said = [line for line in (error.result.stderr + error.result.stdout).splitlines() if line.strip()]
-        raise UserError("\n".join(["the job was not sent:", *said[-5:]])) from None
+        where, words = job.executor.ssh or "this machine", "; ".join(said[-5:])
+        message = f"the job was not sent ({words}); `sinfo` says what Slurm on {where} has, or that it does not answer"
+        raise ConfigError(Problem("executor", message)) from None
     except SystemExit:
         raise UserError(f"{job.executor.ssh}: SSH refused; no job was sent") from None
     finally:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hybrid import atomic
 from hybrid.checks import check
 from hybrid.costs.plan import smallest_world
-from hybrid.errors import ConfigError, Problem, UserError
+from hybrid.errors import ConfigError, Problem
 from hybrid.training.folder import writable
 from recipes import nodes, overrides, processes, records, typed, watching
 from recipes.executors import Executor, Local, Slurm
@@ -177,13 +177,12 @@ def _remember(folder: Path, points: Sequence[Point], members: Sequence[Member]) 
 
 
 def _runs(folder: Path) -> dict[Path, dict[str, str]]:
-    """The folders of a sweep's runs, each with its values by key. Raises UserError if the file is damaged."""
+    """The folders of a sweep's runs, each with its values by key. Raises ConfigError if the file is damaged."""
     try:
         return {Path(entry["run"]): entry["values"] for entry in json.loads((folder / SWEEP_FILE).read_text())}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / SWEEP_FILE}: cannot be read as the runs of a sweep ({error}); each of them still has its folder"
-        ) from None
+        message = f"cannot be read as the runs of a sweep ({error}); each of them still has its folder"
+        raise ConfigError(Problem(str(folder / SWEEP_FILE), message)) from None
 
 
 def rows(folder: Path) -> list[Row]:
@@ -235,10 +234,10 @@ def table(found: Sequence[Row]) -> str:
 
 
 def under_way(folder: Path) -> list[Path]:
-    """The folders of a sweep's runs that are queued or running. Raises UserError if there is none."""
+    """The folders of a sweep's runs that are queued or running. Raises ConfigError if there is none."""
     found = [run for run in _runs(folder) if run.is_dir() and watching.state(run).status in ("queued", "running")]
     if not found:
-        raise UserError(f"{folder.name}: none of its runs is queued or running")
+        raise ConfigError(Problem(folder.name, "none of its runs is queued or running"))
     return found
 
 

@@ -134,7 +134,8 @@ def follow(folder: Path, out: Any = None) -> int:
     """Print what a run writes, from its beginning until it has ended; returns its exit code."""
     record = records.read(folder)
     if record is None:
-        raise UserError(f"{folder}: it is not known how this run was started, so there is no output to follow")
+        message = "it is not known how this run was started, so there is no output to follow"
+        raise ConfigError(Problem(str(folder), message))
     out, said = out or sys.stdout, ""
     seen = dict.fromkeys(_identities(record), 0)
     while True:
@@ -165,11 +166,15 @@ def log(folder: Path) -> str:
 
 
 def cancel(folder: Path) -> str:
-    """Ask a run to save and stop; returns what was done. Raises UserError if it is not running, or cannot be asked."""
+    """Ask a run to save and stop; returns what was done.
+
+    Raises ConfigError if it is not running, or not the user's own, UserError if it cannot be asked.
+    """
     record = records.read(folder)
     found = state(folder)
     if record is None or found.status not in _LIVE:
-        raise UserError(f"{found.name} is not running: {found.status}{f' ({found.detail})' if found.detail else ''}")
+        how = f"{found.status}{f' ({found.detail})' if found.detail else ''}"
+        raise ConfigError(f"{found.name} is not running: {how}; there is nothing to cancel")
     if record.kind == "slurm":
         ids = [job.identity for job in found.jobs if job.status in _LIVE]
         # A job that has not begun leaves no word of its own, and Slurm soon forgets it.
@@ -190,9 +195,9 @@ def cancel(folder: Path) -> str:
         else:
             os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
-        raise UserError(f"{found.name} has just ended; there is nothing left to cancel") from None
+        raise ConfigError(f"{found.name} has just ended; there is nothing left to cancel") from None
     except PermissionError:
-        raise UserError(f"process {pid} of {found.name} is another user's, who alone can cancel it") from None
+        raise ConfigError(f"process {pid} of {found.name} is another user's, who alone can cancel it") from None
     return f"process {pid} saves and stops"
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hybrid.config import DataConfig
-from hybrid.errors import UserError
+from hybrid.errors import ConfigError, UserError
 
 _UNFINISHED = ".unfinished"
 _LITTER_SECONDS = 24 * 3600
@@ -30,13 +30,15 @@ def available_cores() -> int:
 
 @contextmanager
 def clear_errors(folder: Path, way_out: str) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence. Raises UserError."""
+    """Turn a full disk or a missing permission into one sentence, a UserError or a ConfigError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise
-        raise UserError(f"cannot write to '{folder}': {os.strerror(error.errno).lower()}; {way_out}") from error
+        message = f"cannot write to '{folder}': {os.strerror(error.errno).lower()}; {way_out}"
+        kind = UserError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ConfigError
+        raise kind(message) from error
 
 
 def make_folder(final: Path, fill: Callable[[Path], None]) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hybrid import atomic, settings_file
 from hybrid.config import CheckpointConfig, Settings
-from hybrid.errors import ConfigError, Problem, UserError, nearest
+from hybrid.errors import ConfigError, Problem, nearest, unwritable
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
 
 METRICS_FILE = "metrics.jsonl"
@@ -61,11 +61,11 @@ _STEP = re.compile(r"iter_(\d{7,})")
 
 @contextmanager
 def writable(run: Path) -> Iterator[None]:
-    """Turn what the system says to a write into a run's folder into one sentence. Raises UserError."""
+    """Turn what the system says to a write into a run's folder into one sentence. Raises as `unwritable` says."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{run}: the run's folder cannot be written: {error.strerror or error}") from None
+        raise unwritable(run, "the run's folder cannot be written", error) from None
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import ConfigError
 from recipes import apply, docker, launch, tiny
 
 SMALL = ["model.hidden_size=32", "trainer.global_batch_size=8", "trainer.micro_batch_size=2"]
@@ -23,7 +23,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def program(here: Path) -> str:
     """A program in the place of docker's, which has no image and notes how it was called."""
     path = here / "docker"
-    path.write_text(f'#!/bin/bash\necho "$*" >> {here}/calls\necho "no such image" >&2\nexit 1\n')
+    says = '[ $1 = info ] && exit 0\necho "no such image" >&2\nexit 1\n'
+    path.write_text(f'#!/bin/bash\necho "$*" >> {here}/calls\n{says}')
     path.chmod(0o755)
     return str(path)
 
@@ -50,10 +51,17 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(
 
 
 def test_an_image_that_is_not_there_is_said_and_nothing_is_left(here: Path, program: str) -> None:
-    with pytest.raises(UserError, match=r"there is no image 'img' here \(no such image\)"):
+    with pytest.raises(ConfigError, match=r"there is no image 'img' here \(no such image\)"):
         launch(apply(tiny(), SMALL), docker("img", command=program, devices=1))
     assert "image inspect" in (here / "calls").read_text()
     assert not (here / "runs").exists()
+
+
+def test_a_daemon_that_does_not_answer_is_told_from_an_image_that_is_not_there(here: Path, program: str) -> None:
+    Path(program).write_text('#!/bin/bash\necho "Cannot connect. Is it running?" >&2\nexit 1\n')
+    says = r"executor\.command: '.*' does not answer \(Cannot connect\. Is it running\?\); start its daemon, or see"
+    with pytest.raises(ConfigError, match=says):
+        launch(apply(tiny(), SMALL), docker("img", command=program, devices=1))
 
 
 def test_what_cannot_be_is_refused_at_once(here: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import ConfigError
 from recipes import curves
 
 
@@ -74,10 +74,12 @@ def test_long_curves_are_thinned_to_means_of_neighbours(run: Path) -> None:
 
 def test_a_run_without_a_step_and_a_wrong_format_are_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no step is recorded yet, so there is nothing to draw"):
+    with pytest.raises(ConfigError, match="no step is recorded yet, so there is nothing to draw"):
         curves.read(tmp_path / "empty")
     with pytest.raises(ConfigError, match=r"picture.pdf' is no \.png or \.html file"):
         curves.draw([curves.read(run)], tmp_path / "picture.pdf")
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory; --output names another file"):
+        curves.draw([curves.read(run)], tmp_path / "no" / "picture.png")
 
 
 def test_without_matplotlib_the_way_to_get_it_is_said(

@@ -1,5 +1,6 @@
 """Starting recipes: what is printed, what is refused, what is remembered of a run on this machine."""
 
+import io
 import json
 import os
 import shlex
@@ -108,6 +109,20 @@ def test_a_mistake_is_said_before_that_the_name_is_another_runs(here: Path) -> N
         *("model.layer_pattern", "data.source", "optimizer.lr", "trainer.precision")
     ]
     assert len(fields) == 5
+
+
+def test_slurm_that_does_not_answer_is_one_sentence(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = here / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/bash\necho 'sbatch: error: one' >&2\necho 'sbatch: fatal: two' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # nemo-run reads it
+    with pytest.raises(ConfigError) as error:
+        launch(tiny(), slurm())
+    says = "the job was not sent (sbatch: error: one; sbatch: fatal: two); `sinfo` says what Slurm on this machine has"
+    assert str(error.value) == f"executor: {says}, or that it does not answer"
+    assert not (here / "runs" / "tiny").exists()
 
 
 def test_a_chain_is_for_slurm() -> None:
@@ -228,7 +243,7 @@ class TestRunsOnThisMachine:
             "stopped",
             "goes on with the same command",
         )
-        with pytest.raises(UserError, match="toy is not running"):
+        with pytest.raises(ConfigError, match=r"toy is not running: stopped .*; there is nothing to cancel"):
             watching.cancel(run)
 
     def test_a_run_that_has_ended_is_not_running_though_its_process_is(self, here: Path) -> None:
@@ -314,7 +329,7 @@ class TestRunsOnThisMachine:
         for error, says in ((ProcessLookupError, "toy has just ended"), (PermissionError, "is another user's")):
             with monkeypatch.context() as patch:
                 patch.setattr(os, "getpgid", lambda _, error=error: (_ for _ in ()).throw(error))
-                with pytest.raises(UserError, match=says):
+                with pytest.raises(ConfigError, match=says):
                     watching.cancel(run)
         watching.cancel(run)
 
@@ -409,7 +424,7 @@ class TestSweeps:
     def test_a_damaged_list_of_runs_is_said(self, here: Path, content: str) -> None:
         (here / "sweep.json").write_text(content)
         for ask in (sweeps.rows, sweeps.follow, sweeps.under_way):
-            with pytest.raises(UserError, match=r"sweep.json: cannot be read as the runs of a sweep"):
+            with pytest.raises(ConfigError, match=r"sweep.json: cannot be read as the runs of a sweep"):
                 ask(here)
 
     def test_a_dry_run_prints_each(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

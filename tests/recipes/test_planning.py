@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from hybrid.errors import ConfigError, UserError
+from hybrid.errors import ConfigError
 from recipes import apply, finetune, hybrid_8b, picture, plan_text, planning, registry, resolve, tiny
 
 
@@ -92,7 +92,7 @@ def test_the_picture_is_an_svg_with_a_box_per_layer(tmp_path: Path) -> None:
     root = ElementTree.parse(tmp_path / "p.svg").getroot()
     boxes = [box for box in root.iter("{http://www.w3.org/2000/svg}rect") if box.get("y") == "48"]
     assert len(boxes) == 56
-    with pytest.raises(UserError, match=r"call it p\.svg"):
+    with pytest.raises(ConfigError, match=r"call it p\.svg"):
         picture.write(plan, tmp_path / "p.png")
-    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+    with pytest.raises(ConfigError, match="cannot be written: No such file or directory"):
         picture.write(plan, tmp_path / "no" / "p.svg")

@@ -154,7 +154,7 @@ def test_a_queued_job_can_be_cancelled_and_an_unknown_account_is_refused_where_t
     words = ["--detach", "executor.sbatch={hold: ''}"]
     done = place.pretrain("account", 2, *words, "executor.account=nope")
     if place.cluster.accounting:
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "sbatch: error: Batch job submission failed: Invalid account" in done.stderr
         done = place.pretrain("account", 2, *words, "executor.account=research")
     assert done.returncode == 0, done.stderr

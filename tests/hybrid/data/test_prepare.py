@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_nothing_behind(data, monkeypatch):
 def test_a_cache_that_cannot_be_a_folder_is_said(data, tmp_path):
     (tmp_path / "file").touch()
     data.cache = str(tmp_path / "file")
-    with pytest.raises(UserError, match=r"cannot write to .*not a directory.*data\.cache"):
+    with pytest.raises(ConfigError, match=r"cannot write to .*not a directory.*data\.cache"):
         prepared(data)
 
 

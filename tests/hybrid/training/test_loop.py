@@ -152,7 +152,7 @@ def test_a_run_without_validation_ends_as_others(tmp_path: Path) -> None:
 
 def test_no_write_permission_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder would be")
-    with pytest.raises(UserError, match="the run's folder cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match="the run's folder cannot be written: Not a directory"):
         train(toy.settings(tmp_path))
 
 
