@@ -309,4 +309,8 @@ def _data(settings: Settings) -> Iterator[Problem]:
             f"nearest: {BYTE_VOCABULARY}",
         )
     if settings.name[:1] in ("", ".", "-") or set(settings.name) & set("/\\\0\n"):
-        yield Problem("name", f"is {settings.name!r}, but the run's folder is called so: use letters, digits, - and _")
+        yield Problem(
+            "name",
+            f"is {settings.name!r}, but the run's folder is called so: it begins with neither '.' nor '-' and has no "
+            "slash, backslash or end of line",
+        )

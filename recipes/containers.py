@@ -6,6 +6,7 @@ each change of it.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ def launch(
     around = plugins.arrange(built)
     variables = around.env | executor.env
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"hybrid-{built.name}-{stamp}"
+    name = f"hybrid-{re.sub(r'[^A-Za-z0-9_.-]', '-', built.name)}-{stamp}"
     staged = run / "jobs" / stamp
     command = _command(built, executor, count, run, staged, name, around.prefix, variables)
     if dry_run:

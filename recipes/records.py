@@ -11,9 +11,9 @@ from typing import Literal
 
 from hybrid import atomic, settings_file
 from hybrid.errors import ConfigError, Problem, UserError, nearest
+from hybrid.training.folder import JOB_FILE as FILE_NAME
 from hybrid.training.folder import writable
 
-FILE_NAME = "job.json"
 LOGS = "logs"
 _LONGEST_SOCKET = 88  # unix(7) has 108 bytes; ssh adds 17 while it connects
 SWEEP_FILE = "sweep.json"  # in the folder that is called like a sweep

@@ -170,8 +170,8 @@ def fitted(recipe: "fdl.Partial[Any]") -> str:
     if not entry or entry.new_value is None or entry.location.filename != nodes.SUPERSEDED:
         return ""
     return (
-        f"{entry.location.function_name} ends the run within its recipe's warm-up, so that is a tenth of the run, "
-        f"{entry.new_value} samples; optimizer.warmup_steps=N sets it"
+        f"{entry.location.function_name} ends the run within the warm-up of its recipe, so the warm-up is now "
+        f"{entry.new_value} of the run's {_build(recipe).trainer.samples} samples; optimizer.warmup_steps=N sets it"
     )
 
 

@@ -190,8 +190,8 @@ def _fitting(examples: Examples, chosen: NDArray, data: DataConfig, split: str) 
     count = f"{long.sum():,} of {len(chosen):,} {'' if split == 'train' else split + ' '}examples"
     if data.too_long == "refuse":
         message = (
-            f"is {data.sequence_length:,}, but {count} are longer than that and one, the longest {tokens.max():,}: "
-            "raise it, or set data.too_long to 'truncate' or 'drop'"
+            f"is {data.sequence_length}, room for examples of {limit} tokens, but {count} are longer, the longest "
+            f"{tokens.max()} tokens; set it to at least {tokens.max() - 1}, or data.too_long to 'truncate' or 'drop'"
         )
         raise ConfigError(Problem("data.sequence_length", message))
     if data.too_long == "drop":

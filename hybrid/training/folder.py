@@ -1,5 +1,6 @@
 """Where a run keeps its files, and how a checkpoint is found from what a user says. Imports no torch.
 
+runs/NAME/job.json             how it was started (recipes/records.py)
 runs/NAME/settings.json        what is run
 runs/NAME/starts.jsonl         one line a start: versions, machine, git
 runs/NAME/metrics.jsonl        one line a step
@@ -20,6 +21,7 @@ from hybrid.config import CheckpointConfig, Settings
 from hybrid.errors import ConfigError, Problem, nearest, unwritable
 from hybrid.settings_file import FILE_NAME as SETTINGS_FILE
 
+JOB_FILE = "job.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 CHECKPOINTS = "checkpoints"
@@ -210,11 +212,13 @@ def find_checkpoint(reference: str, runs: str = "runs") -> Path:
         if (base / "metadata.json").is_file() and (base / SETTINGS_FILE).is_file():
             return base
         _own(base, reference)
-    if (Path(reference) / SETTINGS_FILE).is_file() or (Path(runs) / reference / SETTINGS_FILE).is_file():
+    # A run that is queued, or has just been started, has no settings yet.
+    places = (Path(reference), Path(runs) / reference)
+    if any((place / name).is_file() for place in places for name in (SETTINGS_FILE, JOB_FILE)):
         first = "the first comes after checkpoint.save_interval steps, or when it is interrupted"
         again = "if it does not run any more, the same `hybrid pretrain` goes on"
         raise ConfigError(Problem(reference, f"this run has no finished checkpoint yet; {first}; {again}"))
-    begun = {path.parent.name for path in Path(runs).glob(f"*/{SETTINGS_FILE}")}
+    begun = {path.parent.name for name in (SETTINGS_FILE, JOB_FILE) for path in Path(runs).glob(f"*/{name}")}
     there = sorted(begun | {path.parent.parent.name for path in Path(runs).glob(f"*/{CHECKPOINTS}/{TRACKER_FILE}")})
     names = f"runs here: {', '.join(there)}" if there else f"there are no runs in '{runs}' here"
     hint = nearest(reference, there) or ";"

@@ -216,7 +216,7 @@ def test_the_walk_of_a_researcher_with_a_recipe(study: Walk) -> None:
     assert re.search(r"hidden_size +128 => 64\n", study.after("hybrid diff"))
     assert study.after("hybrid plan").startswith("mine on 1 x h100")
     tried = next(out for line, out in study.said.items() if "name=try" in line)
-    assert "is a tenth of the run" in tried and "done: 3 steps" in tried
+    assert "ends the run within the warm-up of its recipe" in tried and "done: 3 steps" in tried
     assert "done: 300 steps" in study.after("hybrid pretrain")
 
 

@@ -314,7 +314,8 @@ def test_right_settings_have_no_problem():
             "are both set",
         ),
         ({"data__split": [1.0, 0.0]}, None, "data.split", "three shares"),
-        ({"name": "a/b"}, None, "name", "is 'a/b'"),
+        ({"name": "a/b"}, None, "name", "is 'a/b', but the run's folder is called so: it begins with neither"),
+        ({"name": ".a"}, None, "name", "has no slash, backslash or end of line"),
         # Types and ranges
         ({"model__hidden_size": "128"}, None, "model.hidden_size", "is '128', but must be a whole number"),
         ({"trainer__max_steps": 1e3}, None, "trainer.max_steps", "must be a whole number or None"),

@@ -36,8 +36,9 @@ def test_a_dry_run_prints_the_command_and_writes_nothing(
     executor = docker(
         "img", devices=2, command=program, mounts=[f"{here}/data"], options=["--shm-size=8g"], env={"A": "it's $HOME"}
     )
-    assert launch(apply(tiny(), [*SMALL, "plugins=[nsys]"]), executor, dry_run=True) == 0
+    assert launch(apply(tiny(), [*SMALL, "plugins=[nsys]", "name=my run"]), executor, dry_run=True) == 0
     words = shlex.split(capsys.readouterr().out)
+    assert any(word.startswith("--name=hybrid-my-run-") for word in words)  # docker knows no spaces
     assert words[:4] == ["A=it's $HOME", program, "run", "--detach"]
     image = words.index("img")
     # The image's own entry point would take what follows for words of the `hybrid` command.

@@ -117,7 +117,7 @@ def test_a_run_made_shorter_than_its_warm_up_has_a_shorter_one(
     Path("mine.py").write_text("\n".join(lines))
     made = apply(resolve(recipe), words)
     assert settings(made).warmup_samples == warmup
-    assert ("a tenth of the run" in fitted(settle(made))) == (words != ["trainer.max_steps=21"])
+    assert ("of the run's" in fitted(settle(made))) == (words != ["trainer.max_steps=21"])
     Path("settled.yaml").write_text(files.to_yaml(made))
     assert settings(resolve("@settled.yaml")).warmup_samples == warmup
 

@@ -226,9 +226,10 @@ def test_a_foreign_checkpoint_is_named_with_the_way_out(tmp_path: Path, files: l
         folder.find_checkpoint(str(tmp_path))
 
 
-def test_a_run_without_a_checkpoint_is_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", [folder.SETTINGS_FILE, folder.JOB_FILE])
+def test_a_run_without_a_checkpoint_is_a_run(tmp_path: Path, file: str) -> None:
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / folder.SETTINGS_FILE).write_text("{}")
+    (tmp_path / "tiny" / file).write_text("{}")
     with pytest.raises(ConfigError, match=r"^tiny: this run has no finished checkpoint yet; the first comes after"):
         folder.find_checkpoint("tiny", str(tmp_path))
     with pytest.raises(ConfigError, match=r"did you mean tiny\? runs here: tiny"):
