@@ -185,10 +185,10 @@ class _Loop:
                 if last or stop_now or step % self.settings.checkpoint.save_interval == 0:
                     self._save(wait=last or stop_now)
                 if stop_now and not last:
-                    self.report.say(f"interrupted: step {step} is saved; the same command goes on from there")
+                    self.report.end(f"interrupted: step {step} is saved; the same command goes on from there")
                     raise self.interrupt.exit()
         path = folder.checkpoint_folder(self.folder / folder.CHECKPOINTS, self.position.step)
-        self.report.say(f"done: {self.position.step} steps, checkpoint {path}")
+        self.report.end(f"done: {self.position.step} steps, checkpoint {path}")
 
     def _step(self, data: Batches, batch: int) -> dict[str, Any] | None:
         """One step of `batch` samples; None if it was a bad one, whose update is left out."""

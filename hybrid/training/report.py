@@ -1,7 +1,7 @@
-"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, `metrics.jsonl` and `log.txt`.
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere; `metrics.jsonl` and `log.txt`.
 
-Both stay bounded however long a run is: lines where there is no terminal come at growing distances, and when
-metrics.jsonl has grown large, only every second, fourth, eighth... step of its older half is kept.
+Both stay bounded however long a run is: the lines come at growing distances, and when metrics.jsonl has grown large,
+only every second, fourth, eighth... step of its older half is kept.
 """
 
 import json
@@ -23,7 +23,7 @@ from hybrid.training.folder import LOG_FILE, METRICS_FILE
 
 # Steps over which tokens/s and the time left are averaged.
 _WINDOW = 20
-# Seconds between two lines of progress where there is no terminal: the first, the longest, and as a share of the run.
+# Seconds between two lines of progress (of log.txt, on a terminal): the first, the longest, and as a share of the run.
 _LINE_SECONDS, _LONGEST_LINE_SECONDS, _LINE_SHARE = 10.0, 300.0, 0.01
 # Bytes of metrics.jsonl from which on it is thinned out.
 METRICS_BYTES = 64 * 2**20
@@ -88,7 +88,16 @@ class Report:
         """Print a line and keep it in log.txt."""
         if self.speaks:
             self._console.print(text, markup=False)
-            _keep(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._note(text)
+
+    def end(self, text: str) -> None:
+        """Say the last word on the steps: under the bar, which would be drawn once more after it."""
+        if self._bar:
+            self._bar.stop()
+        self.say(text)
+
+    def _note(self, text: str) -> None:
+        _keep(self._log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def begin(self, step: int) -> None:
         """The run goes on after a step: what was recorded of later ones is dropped."""
@@ -117,10 +126,11 @@ class Report:
         distance = min(_LONGEST_LINE_SECONDS, max(_LINE_SECONDS, _LINE_SHARE * (now - self._began)))
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
-        elif now - self._last_line > distance or step == self.total_steps:
+        if now - self._last_line > distance or step == self.total_steps:
             self._last_line = now
             left = (self.total_steps - step) * spent / len(self._recent)
-            self.say(f"step {step}/{self.total_steps}  {text}  {_duration(left)} left")
+            line = f"step {step}/{self.total_steps}  {text}  {_duration(left)} left"
+            self._note(line) if self._bar else self.say(line)
 
     def validation(self, step: int, name: str, loss: float, bits_per_byte: float) -> None:
         """A held-out set has been read."""

@@ -133,8 +133,8 @@ def test_batches_of_several_ranks_and_workers_are_the_rows_in_order(tmp_path):
 def test_examples_that_are_too_long_are_refused_truncated_or_dropped(tmp_path):
     records = [*pairs(18), {"prompt": "p" * 40, "response": "lost"}, {"prompt": "p" * 25, "response": "r" * 20}]
     settings = run(tmp_path, write(tmp_path / "a.jsonl", records), split=[1.0, 0.0, 0.0])
-    refused = "data.sequence_length: is 32, room for examples of 33 tokens, but 2 of 20 examples are longer, the longest 46"
-    refused += " tokens; set it to at least 45, or data.too_long to 'truncate' or 'drop'"
+    refused = "data.sequence_length: is 32, room for examples of 33 tokens, but 2 of 20 examples are longer, "
+    refused += "the longest 46 tokens; set it to at least 45, or data.too_long to 'truncate' or 'drop'"
     with pytest.raises(ConfigError, match=refused):
         build(settings)
     dropped = build(replace(settings, data=replace(settings.data, too_long="drop")))

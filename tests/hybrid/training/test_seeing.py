@@ -2,13 +2,16 @@
 
 import gc
 import importlib.util
+import io
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from hybrid.config import Settings
 from hybrid.costs import flops
@@ -170,6 +173,23 @@ def test_plain_lines_come_at_growing_distances(
     said = capsys.readouterr().out.splitlines()
     assert 7000 < len(said) < 9500
     assert "loss 1.0000  lr 1.00e-03  17 tokens/s" in said[0]
+
+
+def test_on_a_terminal_the_log_has_the_steps_too_and_the_last_word_is_under_the_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr("hybrid.training.report.Console", partial(Console, file=screen, force_terminal=True))
+    with Report(tmp_path, 2, speaks=True) as report:
+        report.begin(0)
+        for step in (1, 2):
+            report.step(step, {"loss": 1.0, "lr": 1e-3}, 1000, 60.0, write=False)
+        report.end("interrupted: step 2 is saved")
+    assert "2/2" in screen.getvalue()
+    assert "2/2" not in screen.getvalue().partition("interrupted: step 2 is saved")[2]
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 2/2  loss 1.0000  lr 1.00e-03  17 tokens/s  0:00 left\n" in log
+    assert log.endswith("interrupted: step 2 is saved\n")
 
 
 def test_steps_leave_no_objects_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
