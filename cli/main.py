@@ -63,7 +63,9 @@ def _report(error: Exception, debug: bool) -> int:
         return error.exit_code
     usage_code = getattr(error, "exit_code", None)  # typer's own errors, whose classes are not public
     if usage_code is not None and hasattr(error, "format_message"):
-        print(f"{error.format_message()}", file=sys.stderr)  # pyright: ignore[reportAttributeAccessIssue]
+        option = getattr(error, "option_name", "")
+        said = _no_option(option, error) if option else error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        print(said, file=sys.stderr)
         if context := getattr(error, "ctx", None):
             print(f"`{context.command_path} --help` says how it is used", file=sys.stderr)
         return usage_code
@@ -72,3 +74,20 @@ def _report(error: Exception, debug: bool) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _no_option(option: str, error: Any) -> str:
+    """Say that a verb has no such option, and what was meant: an option, a field of the recipe, another verb's."""
+    from recipes import completing
+
+    verbs, verb = error.ctx.find_root().command.commands, error.ctx.command
+    others = [name for name, other in verbs.items() if any(option in one.opts for one in other.params)]
+    options = [one for one in error.possibilities or [] if one != "--help"]
+    takes_fields = any(one.name == "overrides" for one in verb.params)
+    if takes_fields and (key := completing.meant(option, near=not (options or others))):
+        hint = f"; a field is set without dashes: {key}=..."
+    elif options:
+        hint = f"; did you mean {options[0]}?"
+    else:
+        hint = f"; {', '.join(others)} {'have' if len(others) > 1 else 'has'} it" if others else ""
+    return f"No such option: {option}{hint}"

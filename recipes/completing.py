@@ -1,5 +1,6 @@
 """What a shell offers when a word of the command is completed. Nothing is built, and a mistake offers nothing."""
 
+import difflib
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -32,6 +33,14 @@ def overrides(incomplete: str) -> list[tuple[str, str]]:
     if key not in fields:
         return []
     return [(f"{key}={choice}", "") for choice in _choices(key, fields[key]) if choice.startswith(value)]
+
+
+def meant(option: str, *, near: bool) -> str:
+    """The key that a word with dashes means: optimizer.lr for `--lr`, or with `near` name for `--nam`; '' if none."""
+    name, keys = option.lstrip("-").replace("-", "_"), _fields()
+    named = {key.rpartition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}
+    found = difflib.get_close_matches(name, named, n=1, cutoff=0.75 if near else 1.0)
+    return named[found[0]] if found else ""
 
 
 def executors(incomplete: str) -> list[tuple[str, str]]:

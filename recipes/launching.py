@@ -76,6 +76,8 @@ def launch(
 
         trackers.require(built)
         require_memory([built], where, dry_run=dry_run)
+    if dry_run:
+        print(f"note: what this reads is written into {member.folder} by a start; now nothing is", file=sys.stderr)
     start = containers.launch if isinstance(where, Docker) else processes.launch
     return start(recipe, built, where, count, detach=detach, dry_run=dry_run)  # pyright: ignore[reportArgumentType]
 

@@ -38,7 +38,7 @@ def test_prepare_says_what_it_wrote(tmp_path, lines, capsys):
     [
         ({"--tokenizer": "bytes"}, 2, "--tokenizer: there is no tokenizer 'bytes'"),
         ({"--key": "text"}, 2, "lines.jsonl', line 1: there is no key 'text' (keys: 'body')"),
-        ({"--output": "lines.jsonl/out"}, 1, "cannot write to"),
+        ({"--output": "lines.jsonl/out"}, 2, "cannot write to"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr(tmp_path, lines, capsys, monkeypatch, change, code, message):

@@ -93,7 +93,12 @@ def test_list_models_has_their_sizes(hybrid) -> None:
     [
         (["shw"], "No such command 'shw'. Did you mean 'show'?"),
         (["show"], "Missing argument 'RECIPE'."),
-        (["show", "tiny", "--fromat", "yaml"], "No such option: --fromat"),
+        (["show", "tiny", "--fromat", "yaml"], "No such option: --fromat; did you mean --format?"),
+        (["pretrain", "tiny", "--nam=m1"], "No such option: --nam; a field is set without dashes: name=..."),
+        (["pretrain", "tiny", "--name", "m1"], "No such option: --name; a field is set without dashes: name=..."),
+        (["pretrain", "tiny", "--lr=1"], "No such option: --lr; a field is set without dashes: optimizer.lr=..."),
+        (["plan", "tiny", "--sweep"], "No such option: --sweep; pretrain, finetune have it"),
+        (["runs", "--nam"], "No such option: --nam\n"),
         (["show", "tny"], "tny: there is no recipe of this name; did you mean tiny?"),
         (["show", "tiny", "model.layer_pattern=M-X"], "model.layer_pattern: 'X' is no layer symbol"),
         (["plan", "hybrid_8b", "--gpus", "3"], "parallel: wants processes in multiples of"),

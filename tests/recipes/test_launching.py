@@ -39,7 +39,9 @@ def problems(error: pytest.ExceptionInfo[ConfigError]) -> dict[str, str]:
 def test_a_dry_run_prints_a_command_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = apply(tiny(), [*SMALL, "plugins=[triton_cache(/tmp/t)]"])
     assert launch(recipe, local(2, env={"GREETING": "it's me"}), dry_run=True) == 0
-    words = shlex.split(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert said.err == "note: what this reads is written into runs/tiny by a start; now nothing is\n"
+    words = shlex.split(said.out)
     assert words[:3] == ["TRITON_CACHE_DIR=/tmp/t", "GREETING=it's me", sys.executable]
     assert words[3:] == [
         *("-m", "recipes.torchrun", "runs/tiny/logs", "--standalone", "--nproc-per-node", "2"),
