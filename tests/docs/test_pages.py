@@ -1,7 +1,9 @@
 """What the pages name is there: files, other pages, and verbs with their options."""
 
+import itertools
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,3 +61,25 @@ def test_the_python_of_the_readme_can_really_be_started(monkeypatch: pytest.Monk
     built = settings(recipe)
     assert not check(built, where.processes(smallest_world(built)))
     assert not launching.absent(built, where, dry_run=False)
+
+
+def left_behind() -> set[str]:
+    """Files and folders that the pages' commands write into the folder where they are typed."""
+    found: set[str] = set()
+    for line in (line for page in PAGES for line in commands(page)):
+        command, _, into = line.partition(" > ")
+        words = shlex.split(re.split(r" [<|] ", command)[0])
+        found |= {into} if into else set()
+        found |= {after for word, after in itertools.pairwise(words) if word in ("--output", "-o")}
+        found |= {words[3]} if words[1] == "convert" else set()
+    return {name for name in found if re.fullmatch(r"[a-z0-9][\w./-]*", name)}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_what_the_commands_of_the_pages_leave_is_not_in_gits_way() -> None:
+    names = [*sorted(left_behind()), "instructions/train.jsonl", "prompts.jsonl"]
+    assert {"data/docs", "tiny-hf", "answers.jsonl", "curves.html"} <= set(names)
+    written = [[name, f"{name}/file", f"{name}.bin"] for name in names]  # a file, a folder, a prefix
+    asked = ["git", "check-ignore", *itertools.chain(*written)]
+    ignored = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert [files[0] for files in written if not set(files) & set(ignored)] == []
