@@ -24,12 +24,11 @@ def too_large(built: Settings, count: int) -> list[Problem]:
     wanted, there = ranks * sum(it.total for it in of_stages), available()
     if wanted <= there:
         return []
-    smaller = "trainer.micro_batch_size or data.sequence_length, or a smaller model, "
+    batch = "a smaller trainer.micro_batch_size or data.sequence_length, " if states < there else ""
     what = f"takes at least {_gib(wanted)} of memory to train in {count} process{'es' if count > 1 else ''} on CPUs"
     message = (
         f"{what} ({_gib(states)} of weights, gradients and optimizer), and this machine has no GPU and {_gib(there)} "
-        f"free; take a smaller {smaller if states < there else 'model '}(shrink(RECIPE) is one of the same shape), or "
-        "a machine with GPUs"
+        f"free; take {batch}a smaller model (shrink(RECIPE) is one of the same shape) or a machine with GPUs"
     )
     return [Problem("model", message)]
 
