@@ -243,7 +243,7 @@ def srun_options(job: SlurmJob) -> list[str]:
     """Options of srun beyond nemo-run's, quoted."""
     where = inside(job.start, job.executor)
     option = "--container-workdir" if job.executor.container else "--chdir"
-    own = [f"{option}={where}"] if where else []
+    own = [f"{option}={where}"] if where else []  # nemo-run has given the code's folder before; srun takes the last
     return [quote(word) for word in [*own, *job.executor.srun]]
 
 

@@ -95,6 +95,13 @@ def test_what_a_job_runs_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         launch(tiny())
 
 
+def test_made_up_data_needs_a_tokenizer_as_soon_as_it_is_no_dry_run() -> None:
+    recipe = apply(hybrid_8b(), ["data.source=mock"])
+    assert launch(recipe, dry_run=True) == 0
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: there is no tokenizer '.*': use 'byte'"):
+        launch(recipe)
+
+
 def test_a_mistake_is_said_before_that_the_name_is_another_runs(here: Path) -> None:
     run = here / "runs" / "tiny"
     (run / "checkpoints" / "iter_0000001").mkdir(parents=True)

@@ -5,8 +5,10 @@ import importlib.util
 import io
 import itertools
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rich.console import Console
 from hybrid.config import Settings
 from hybrid.costs import flops
 from hybrid.errors import ConfigError
+from hybrid.training import trackers
 from hybrid.training.loop import train
 from hybrid.training.metrics import Clock, over_ranks
 from hybrid.training.report import Report, thinned
@@ -104,6 +107,20 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     kept = list((Path(run.folder) / "offline/wandb").glob("offline-run-*/run-offline.wandb"))
     assert len(kept) == 1
     assert b"grad_norm" in kept[0].read_bytes()
+
+
+def test_a_tracker_that_does_not_begin_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Exception):
+        pass
+
+    def refuse(**_: object) -> None:
+        raise Refused("No API key configured.")
+
+    stand_in = SimpleNamespace(init=refuse, Error=Refused, Settings=dict)
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # pyright: ignore[reportArgumentType]
+    says = r"trainer\.log_to: names wandb, which does not begin \(No API key configured\.\); WANDB_MODE=offline"
+    with pytest.raises(ConfigError, match=says):
+        trackers.connect(toy.settings(tmp_path, trainer={"log_to": ["wandb"]}), tmp_path)
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
