@@ -108,6 +108,9 @@ def _mamba(shapes: dict[str, Shape], hidden: int, known: Mapping[str, Any], assu
         raise ConfigError(
             Problem("model.mamba_state_dim", f"is said to be {state}, but mixer.conv1d.weight has {both} rows for B")
         )
+    if groups and state * groups != both:
+        said = f"is said to be {state}, and mamba_num_groups {groups}, but mixer.conv1d.weight has {both} rows for B"
+        raise ConfigError(Problem("model.mamba_state_dim", f"{said}, which is their product"))
     return found | {
         "mamba_version": 2,
         "mamba_num_heads": heads,

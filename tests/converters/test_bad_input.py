@@ -90,6 +90,10 @@ def test_ranks_of_different_iterations(sharded: Path) -> None:
         ),
         ({"hybrid_layer_pattern": "M-M-*"}, r"is said to be 'M-M-\*', but the tensors are of 'M-M\*-'"),
         ({"mamba_state_dim": 3}, r"model.mamba_state_dim: is said to be 3, but mixer.conv1d.weight has 32 rows for B"),
+        (
+            {"mamba_state_dim": 8},
+            "model.mamba_state_dim: is said to be 8, and mamba_num_groups 8, but mixer.conv1d.weight has 32 rows for B",
+        ),
     ],
 )
 def test_a_shape_that_contradicts_the_arguments(
