@@ -42,6 +42,7 @@ class Guard:
         headers = dict(scope["headers"])
         if self._limits.key is not None and scope["path"] not in OPEN and not self._knows(headers):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            await _read_out(receive, self._limits.body_bytes)
             await self._refuse(scope, send, 401, message, "authentication_error", "invalid_api_key")
             return
         most = self._limits.body_bytes
