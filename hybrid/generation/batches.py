@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from hybrid.errors import ConfigError, Problem, UserError
 from hybrid.generation.generator import Generator
 from hybrid.generation.sampling import Sampling, settings_of
+from hybrid.generation.text import is_whole
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _request(line: str, settings: Mapping[str, Any]) -> tuple[str | list[int], S
     problems = []
     if not prompt or not (isinstance(prompt, str) or _are_tokens(prompt)):
         problems.append(Problem("prompt", "must be a text or a list of tokens, and not empty"))
-    elif isinstance(prompt, str) and not _is_whole(prompt):
+    elif isinstance(prompt, str) and not is_whole(prompt):
         problems.append(Problem("prompt", "holds half of a character, which is no text in UTF-8"))
     try:
         sampling = settings_of({**settings, **values})
@@ -97,14 +98,6 @@ def _request(line: str, settings: Mapping[str, Any]) -> tuple[str | list[int], S
     if problems:
         raise ConfigError(problems)
     return prompt, sampling
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _are_tokens(value: Any) -> bool:

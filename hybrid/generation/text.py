@@ -86,6 +86,15 @@ class TextStream:
         return text[: len(text) - held]
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON can hold half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

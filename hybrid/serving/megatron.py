@@ -19,12 +19,7 @@ from hybrid.serving.asking import Asked, encode, named
 from hybrid.serving.metrics import Metrics
 from hybrid.serving.schemas import Form, Text, Token
 
-_NAMES = {
-    "prompt": "prompts",
-    "max_tokens": "tokens_to_generate",
-    "seed": "random_seed",
-    "stop_tokens": "stop_token",
-}
+_NAMES = {"prompt": "prompts", "max_tokens": "tokens_to_generate", "stop_tokens": "stop_token"}
 _REFUSED = {
     "top_p_decay": 0,
     "top_p_bound": 0,

@@ -10,16 +10,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from hybrid.errors import ConfigError, Problem
 from hybrid.generation.sampling import Sampling
+from hybrid.generation.text import is_whole
 
 MOST_TEXTS = 128
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def _whole(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a character, which is no text in UTF-8") from None
+    if not is_whole(text):
+        raise ValueError("holds half of a character, which is no text in UTF-8")
     return text
 
 
@@ -159,7 +158,7 @@ class ChatRequest(Common):
     def names(self) -> dict[str, str]:
         """Its fields by the names that settings have elsewhere, where they differ."""
         most = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
-        return {**super().names, "prompt": "messages", "logprobs": "top_logprobs", **most}
+        return {**super().names, "prompt": "messages", **most}
 
     def contradictions(self) -> list[Problem]:
         """Fields that mean nothing beside the others."""
